@@ -1,0 +1,57 @@
+# `make run` and `make test` set up all they need; nothing is needed before them but Python 3.11+ and make.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test check format bench stubs clean
+
+help:
+	@echo 'make run     serve the models that desired/ declares'
+	@echo 'make test    make check, then every test'
+	@echo 'make check   formatting, lint, types, one-way imports'
+	@echo 'make format  format the code and fix what ruff can fix'
+	@echo 'make bench   measure edit-to-answer latency, request cost and memory'
+	@echo 'make stubs   generate the gRPC stubs from the .proto file'
+	@echo 'make clean   remove the virtual environment and all caches'
+
+# setuptools comes first, pinned, so that the build needs no second, isolated environment.
+# silero-vad is a real TorchScript model for the tests; its own dependencies (torchaudio) are not needed.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'splitlearn-manager needs Python 3.11 or newer; $(PYTHON) is '"$$($(PYTHON) -V)"'. Try: make PYTHON=python3.11 $(MAKECMDGOALS)'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[demo,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps silero-vad
+	@touch $@
+
+run: $(READY)
+	$(BIN)/python -m splitlearn_manager.reconcile desired/
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(READY)
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s
+
+stubs: $(READY)
+	$(BIN)/python -m grpc_tools.protoc --proto_path=src --python_out=src --pyi_out=src --grpc_python_out=src \
+		src/splitlearn_comm/protocol/compute.proto
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info
