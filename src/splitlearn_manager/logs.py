@@ -1,0 +1,65 @@
+"""One line an event: key=value for people, or one JSON object for programs.
+
+Logging is the only thing decided here; what is worth a line is decided where it happens.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+
+
+class LogFormat(StrEnum):
+    """How a line looks."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
+def log_event(
+    log: logging.Logger, level: int, event: str, message: str = "", **fields: object
+) -> None:
+    """Logs `event=NAME key=value … msg=…`, ids first, in this order."""
+    everything = {"event": event, **fields, **({"msg": message} if message else {})}
+    line = " ".join(f"{key}={_value(value)}" for key, value in everything.items())
+    log.log(level, "%s", line, extra={"fields": everything})
+
+
+def configure(level: str, form: LogFormat) -> None:
+    """Sends the project's logs to standard error; other libraries' only from WARNING up."""
+    handler = logging.StreamHandler(sys.stderr)
+    if form is LogFormat.JSON:
+        handler.setFormatter(_Json())
+    else:
+        handler.setFormatter(
+            logging.Formatter("time=%(asctime)s level=%(levelname)s %(message)s", "%H:%M:%S")
+        )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    for name in ("splitlearn_manager", "splitlearn_comm"):
+        logging.getLogger(name).setLevel(level)
+
+
+def _value(value: object) -> str:
+    """A value as it is if it is one plain word, else quoted."""
+    text = str(value)
+    plain = text and text.isprintable() and not any(c in ' "=' for c in text)
+    return text if plain else json.dumps(text, ensure_ascii=False)
+
+
+class _Json(logging.Formatter):
+    """A record as one JSON object; an event's fields stand beside time and level."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, object] = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+        }
+        fields = getattr(record, "fields", None)
+        line |= fields if isinstance(fields, dict) else {"msg": record.getMessage()}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False, default=str)

@@ -1,0 +1,315 @@
+"""The metrics, as a scrape shows them."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from splitlearn_manager.core.resource_manager import GpuUsage, ResourceUsage
+from splitlearn_manager.monitoring import MetricsCollector
+
+Labels = tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Scrape:
+    """What a Prometheus server would have read."""
+
+    values: dict[tuple[str, Labels], float] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+
+    def get(self, name: str, **labels: str) -> float | None:
+        return self.values.get((name, tuple(sorted(labels.items()))))
+
+    def naming(self, model_id: str) -> list[str]:
+        """The series that carry this model's id."""
+        return [name for name, labels in self.values if ("model_id", model_id) in labels]
+
+
+def scrape(metrics: MetricsCollector) -> Scrape:
+    body, content_type = metrics.render()
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    seen = Scrape()
+    for family in text_string_to_metric_families(body.decode("utf-8")):
+        seen.types[family.name] = family.type
+        for sample in family.samples:
+            seen.values[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
+    return seen
+
+
+def usage(*gpus_mb: float) -> ResourceUsage:
+    return ResourceUsage(
+        cpu_percent=12.5,
+        memory_mb=2048.0,
+        memory_percent=25.0,
+        process_memory_mb=100.0,
+        gpu=tuple(
+            GpuUsage(i, "G", f"GPU-{i}", 1000, mb, 1000 - mb, None) for i, mb in enumerate(gpus_mb)
+        ),
+    )
+
+
+def record_everything(metrics: MetricsCollector) -> None:
+    metrics.record_load("a", "success")
+    metrics.record_unload("a")
+    metrics.set_models_loaded(1)
+    metrics.record_inference("a", "success", 0.02)
+    metrics.record_eviction()
+    metrics.set_phase("a", "Ready")
+    metrics.set_in_flight_source(lambda: {"a": 3})
+    metrics.record_reconcile("applied", 0.01)
+    metrics.record_scan(1_700_000_000.0)
+    metrics.set_watch_mode("inotify")
+    metrics.set_reservations({"cpu": 90.0})
+    metrics.set_quotas({"cpu": 800.0})
+    metrics.update_resources(usage(250.0))
+
+
+def test_every_promised_metric_has_exactly_its_name_and_labels() -> None:
+    metrics = MetricsCollector()
+    record_everything(metrics)
+
+    seen = scrape(metrics)
+
+    assert seen.get("model_load_total", model_id="a", status="success") == 1
+    assert seen.get("model_unload_total", model_id="a") == 1
+    assert seen.get("models_loaded") == 1
+    assert seen.get("inference_requests_total", model_id="a", status="success") == 1
+    assert seen.get("inference_duration_seconds_count", model_id="a") == 1
+    assert seen.get("inference_duration_seconds_sum", model_id="a") == 0.02
+    assert seen.get("cpu_usage_percent") == 12.5
+    assert seen.get("memory_usage_mb") == 2048
+    assert seen.get("memory_usage_percent") == 25
+    assert seen.get("gpu_memory_mb", gpu_id="0") == 250
+    assert seen.get("splitlearn_reconcile_total", result="applied") == 1
+    assert seen.get("splitlearn_reconcile_duration_seconds_sum") == 0.01
+    assert seen.get("splitlearn_last_scan_timestamp_seconds") == 1_700_000_000
+    assert seen.get("splitlearn_watch_mode", mode="inotify") == 1
+    assert seen.get("splitlearn_model_phase", model_id="a", phase="Ready") == 1
+    assert seen.get("splitlearn_reservation_mb", device="cpu") == 90
+    assert seen.get("splitlearn_quota_mb", device="cpu") == 800
+    assert seen.get("splitlearn_evictions_total") == 1
+    assert seen.get("splitlearn_in_flight", model_id="a") == 3
+
+
+def test_nothing_else_is_exposed() -> None:
+    metrics = MetricsCollector()
+    record_everything(metrics)
+
+    assert scrape(metrics).types == {
+        "model_load": "counter",
+        "model_unload": "counter",
+        "models_loaded": "gauge",
+        "inference_requests": "counter",
+        "inference_duration_seconds": "histogram",
+        "cpu_usage_percent": "gauge",
+        "memory_usage_mb": "gauge",
+        "memory_usage_percent": "gauge",
+        "gpu_memory_mb": "gauge",
+        "splitlearn_reconcile": "counter",
+        "splitlearn_reconcile_duration_seconds": "histogram",
+        "splitlearn_last_scan_timestamp_seconds": "gauge",
+        "splitlearn_watch_mode": "gauge",
+        "splitlearn_model_phase": "gauge",
+        "splitlearn_reservation_mb": "gauge",
+        "splitlearn_quota_mb": "gauge",
+        "splitlearn_evictions": "counter",
+        "splitlearn_in_flight": "gauge",
+    }
+
+
+def test_outcomes_are_counted_apart() -> None:
+    metrics = MetricsCollector()
+    for status in ("success", "success", "failure"):
+        metrics.record_load("a", "success" if status == "success" else "failure")
+        metrics.record_inference("a", status, 0.2)
+
+    seen = scrape(metrics)
+
+    assert seen.get("model_load_total", model_id="a", status="failure") == 1
+    assert seen.get("inference_requests_total", model_id="a", status="success") == 2
+    assert seen.get("inference_requests_total", model_id="a", status="failure") == 1
+    assert seen.get("inference_duration_seconds_count", model_id="a") == 3
+    assert seen.get("inference_duration_seconds_bucket", model_id="a", le="0.1") == 0
+    assert seen.get("inference_duration_seconds_bucket", model_id="a", le="0.25") == 3
+
+
+def test_two_collectors_in_one_process_do_not_meet() -> None:
+    one, other = MetricsCollector(), MetricsCollector()
+
+    one.record_load("a", "success")
+
+    assert scrape(other).naming("a") == []
+
+
+def test_a_given_registry_is_used_and_cannot_be_shared_by_two() -> None:
+    registry = CollectorRegistry()
+    MetricsCollector(registry).set_models_loaded(2)
+
+    assert registry.get_sample_value("models_loaded") == 2
+    with pytest.raises(ValueError, match="Duplicated"):
+        MetricsCollector(registry)
+
+
+def test_a_model_has_one_phase() -> None:
+    metrics = MetricsCollector()
+    for phase in ("Pending", "Loading", "Ready", "Ready"):
+        metrics.set_phase("a", phase)
+
+    phases = [labels for name, labels in scrape(metrics).values if name.endswith("model_phase")]
+
+    assert phases == [(("model_id", "a"), ("phase", "Ready"))]
+
+
+def test_one_watch_mode_is_current() -> None:
+    metrics = MetricsCollector()
+    for mode in ("inotify", "polling", "polling"):
+        metrics.set_watch_mode(mode)
+
+    assert scrape(metrics).get("splitlearn_watch_mode", mode="polling") == 1
+    assert scrape(metrics).get("splitlearn_watch_mode", mode="inotify") is None
+
+
+def test_devices_that_are_gone_lose_their_series() -> None:
+    metrics = MetricsCollector()
+    metrics.set_reservations({"cpu": 1.0, "cuda:0": 2.0})
+    metrics.set_quotas({"cpu": 1.0, "cuda:0": 2.0})
+    metrics.update_resources(usage(1.0, 2.0))
+
+    metrics.set_reservations({"cpu": 5.0})
+    metrics.set_quotas({"cpu": 6.0})
+    metrics.update_resources(usage(7.0))
+
+    seen = scrape(metrics)
+    assert seen.get("splitlearn_reservation_mb", device="cpu") == 5
+    assert seen.get("splitlearn_quota_mb", device="cpu") == 6
+    assert seen.get("gpu_memory_mb", gpu_id="0") == 7
+    assert seen.get("splitlearn_reservation_mb", device="cuda:0") is None
+    assert seen.get("splitlearn_quota_mb", device="cuda:0") is None
+    assert seen.get("gpu_memory_mb", gpu_id="1") is None
+
+
+def test_all_series_of_a_removed_model_go_and_those_of_others_stay() -> None:
+    metrics = MetricsCollector()
+    in_flight = {"a": 1, "b": 2}
+    metrics.set_in_flight_source(lambda: in_flight)
+    for model_id in in_flight:
+        metrics.record_load(model_id, "success")
+        metrics.set_phase(model_id, "Ready")
+        metrics.record_inference(model_id, "success", 0.1)
+        metrics.record_inference(model_id, "failure", 0.1)
+        metrics.record_unload(model_id)
+    before = len(scrape(metrics).naming("b"))
+
+    in_flight.pop("a")
+    metrics.remove_model("a")
+
+    assert scrape(metrics).naming("a") == []
+    assert len(scrape(metrics).naming("b")) == before > 0
+
+
+def test_late_records_do_not_bring_a_removed_model_back() -> None:
+    metrics = MetricsCollector()
+    metrics.record_inference("a", "success", 0.1)
+    metrics.remove_model("a")
+
+    metrics.record_inference("a", "success", 0.1)
+    metrics.record_inference("a", "failure", 0.1)
+    metrics.record_unload("a")
+
+    assert scrape(metrics).naming("a") == []
+
+
+@pytest.mark.parametrize("by", ["load", "phase"])
+def test_a_model_that_comes_back_starts_from_nothing(by: str) -> None:
+    metrics = MetricsCollector()
+    for _ in range(5):
+        metrics.record_inference("a", "success", 0.1)
+    metrics.remove_model("a")
+
+    if by == "load":
+        metrics.record_load("a", "success")
+    else:
+        metrics.set_phase("a", "Ready")
+    metrics.record_inference("a", "success", 0.1)
+
+    assert scrape(metrics).get("inference_requests_total", model_id="a", status="success") == 1
+
+
+def test_removing_a_model_twice_or_an_unknown_one_is_harmless() -> None:
+    metrics = MetricsCollector()
+    metrics.record_load("a", "success")
+    for model_id in ("a", "a", "never"):
+        metrics.remove_model(model_id)
+
+    assert scrape(metrics).naming("a") == []
+
+
+def test_many_models_that_came_and_went_leave_no_series_and_a_bounded_memory() -> None:
+    metrics = MetricsCollector()
+    for i in range(3000):
+        metrics.set_phase(f"m{i}", "Ready")
+        metrics.record_inference(f"m{i}", "success", 0.1)
+        metrics.remove_model(f"m{i}")
+
+    assert not any("model_id" in dict(labels) for _, labels in scrape(metrics).values)
+    assert len(metrics._removed) == 1024
+    assert (metrics._requests, metrics._label_sets, metrics._phases) == ({}, {}, {})
+
+
+def test_threads_record_at_once_and_no_record_is_lost() -> None:
+    metrics = MetricsCollector()
+
+    def work() -> None:
+        for _ in range(500):
+            metrics.record_inference("a", "success", 0.001)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert scrape(metrics).get("inference_requests_total", model_id="a", status="success") == 2000
+
+
+def test_a_model_removed_while_requests_end_stays_removed() -> None:
+    metrics = MetricsCollector()
+    metrics.record_load("a", "success")
+    removed = threading.Event()
+
+    def work() -> None:
+        while not removed.is_set():
+            metrics.record_inference("a", "success", 0.001)
+        metrics.record_inference("a", "success", 0.001)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    metrics.remove_model("a")
+    removed.set()
+    for thread in threads:
+        thread.join()
+
+    assert scrape(metrics).naming("a") == []
+
+
+def test_in_flight_is_asked_for_at_each_scrape() -> None:
+    metrics, counts = MetricsCollector(), {"a": 1}
+    metrics.set_in_flight_source(lambda: counts)
+    assert scrape(metrics).get("splitlearn_in_flight", model_id="a") == 1
+
+    counts["a"] = 5
+
+    assert scrape(metrics).get("splitlearn_in_flight", model_id="a") == 5
+
+
+def test_odd_label_values_survive_the_format() -> None:
+    metrics = MetricsCollector()
+    metrics.record_reconcile('a "quoted"\nline\\', 0.1)
+
+    assert scrape(metrics).get("splitlearn_reconcile_total", result='a "quoted"\nline\\') == 1
