@@ -1,0 +1,141 @@
+"""The file-system calls that reading desired state needs, behind one small protocol.
+
+`FileSystem` is the seam: the scanner, the acceptance of files and the look-up of weights call
+nothing else, so a test replaces the disk by a fake. `RealFileSystem` is the disk.
+`write_atomically` is how every file of ours is written: readers see the old
+bytes or the new ones, never a half.
+
+Nothing here interprets a file, keeps anything open, or retries: errors of the system come through
+as `OSError`, for the caller knows what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat as stat_module
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class DirEntry:
+    """One name in a directory.
+
+    Attributes:
+        name: the bare name.
+        is_dir: whether it is a directory, or a symlink that leads to one.
+        is_symlink: whether the name itself is a symlink (dangling or not).
+    """
+
+    name: str
+    is_dir: bool
+    is_symlink: bool
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What identifies the content of a file, symlinks followed; sizes in bytes, times in ns."""
+
+    dev: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    is_dir: bool
+
+    @property
+    def fingerprint(self) -> tuple[int, int, int, int, int]:
+        """(dev, inode, size, mtime_ns, ctime_ns): equal until somebody writes to the file."""
+        return (self.dev, self.inode, self.size, self.mtime_ns, self.ctime_ns)
+
+
+class FileSystem(Protocol):
+    """Reading access to files. Every call may raise `OSError`."""
+
+    def list_dir(self, path: str) -> list[DirEntry]:
+        """The names in a directory, in no particular order."""
+        ...
+
+    def stat(self, path: str) -> FileStat:
+        """What `path` leads to, symlinks followed."""
+        ...
+
+    def read(self, path: str, limit: int) -> bytes:
+        """The first `limit` bytes of a regular file; ask for one more than you accept."""
+        ...
+
+
+class RealFileSystem:
+    """The disk."""
+
+    def list_dir(self, path: str) -> list[DirEntry]:
+        with os.scandir(path) as entries:
+            return [DirEntry(e.name, _leads_to_directory(e), e.is_symlink()) for e in entries]
+
+    def stat(self, path: str) -> FileStat:
+        found = os.stat(path)
+        return FileStat(
+            dev=found.st_dev,
+            inode=found.st_ino,
+            size=found.st_size,
+            mtime_ns=found.st_mtime_ns,
+            ctime_ns=found.st_ctime_ns,
+            is_dir=stat_module.S_ISDIR(found.st_mode),
+        )
+
+    def read(self, path: str, limit: int) -> bytes:
+        # O_NONBLOCK: opening a named pipe would otherwise wait for ever for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb") as file:
+            mode = os.fstat(descriptor).st_mode
+            if stat_module.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+            if not stat_module.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "Not a regular file", path)
+            return file.read(limit)
+
+
+def _leads_to_directory(entry: os.DirEntry[str]) -> bool:
+    # A symlink loop makes is_dir() raise; such a name leads nowhere, as a dangling one does.
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace the content of `path` by `data`; a crash at any moment leaves old or new, whole.
+
+    A symlink stays a symlink: the file that it leads to is replaced. The mode of an existing file
+    is kept. The temporary name begins with a dot, which a scanner of desired state skips.
+
+    Raises:
+        OSError: the directory cannot be written to, or the disk is full; `path` is then as it was.
+    """
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        with open(descriptor, "wb") as file:
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(descriptor, stat_module.S_IMODE(os.stat(target).st_mode))
+            file.write(data)
+            file.flush()
+            os.fsync(descriptor)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_directory(target.parent)
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make the rename itself durable."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
