@@ -1,0 +1,330 @@
+"""The instances of a node: their states, the ledger and the routing table, behind one short lock.
+
+Every method is a state transition or a look: it takes the lock for microseconds and starts nothing.
+Loading, closing, waiting and user code are the model manager's, outside the lock. Requests never
+come here: they read `table`, an immutable value that is swapped whole, and take a lease from the
+instance they find in it.
+
+What holds after every method:
+- an instance holds a reservation from LOADING until GONE, and the ledger is never over its limits
+  through a transition made here;
+- of each model at most one instance is routed to (`current`), and at most one operation runs on it:
+  a load (LOADING) or an unload (UNLOADING);
+- `table` lists exactly the READY instances that grant leases.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.core.clock import Clock
+from splitlearn_manager.core.eviction import AdmissionRequest, Decision, admit
+from splitlearn_manager.core.ledger import Ledger
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State, check_edge
+from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.snapshot import InstanceView, LoadOutcome, Snapshot, residents
+from splitlearn_manager.errors import (
+    InsufficientMemory,
+    OperationInProgress,
+    SplitlearnError,
+    TerminalLoadError,
+)
+from splitlearn_manager.routing.table import RoutingTable, build_table
+
+if TYPE_CHECKING:
+    from splitlearn_manager.runtime.base import RunningModel
+
+# A failed instance whose loader has not come back yet holds memory that nobody can give back.
+_OCCUPIES_ID = (State.LOADING, State.UNLOADING)
+
+
+@dataclass(frozen=True, slots=True)
+class Successor:
+    """What is loaded in the place of an instance once its memory is back (update by recreate)."""
+
+    spec: ModelSpec
+    device: str
+    mb: float
+
+
+class Instances:
+    """See the module's text. `on_change` is called outside the lock after every transition."""
+
+    def __init__(self, ledger: Ledger, clock: Clock, on_change: Callable[[], None]) -> None:
+        self._clock = clock
+        self._on_change = on_change
+        self._lock = threading.Lock()
+        self._instances: dict[str, ManagedModel] = {}
+        self._current: dict[str, ManagedModel] = {}
+        self._successors: dict[str, Successor] = {}
+        self._outcomes: dict[str, LoadOutcome] = {}
+        self._ledger = ledger
+        self._serial = itertools.count(1)
+        self.table: RoutingTable[ManagedModel] = build_table(())
+
+    # Looks.
+
+    def get(self, model_id: str) -> ManagedModel | None:
+        """The instance that serves the model, else its newest one, else None."""
+        with self._lock:
+            if (current := self._current.get(model_id)) is not None:
+                return current
+            return next(
+                (i for i in reversed(self._instances.values()) if i.model_id == model_id), None
+            )
+
+    def all(self) -> tuple[ManagedModel, ...]:
+        with self._lock:
+            return tuple(self._instances.values())
+
+    def reserved_mb(self, instance: ManagedModel) -> float:
+        held = self._ledger.reservations.get(instance.key)
+        return held.mb if held else 0.0
+
+    @property
+    def ledger(self) -> Ledger:
+        return self._ledger
+
+    def snapshot(self) -> Snapshot:
+        with self._lock:
+            return Snapshot(self._views(), self._ledger, dict(self._outcomes))
+
+    def decide(self, request: AdmissionRequest, newcomer: Owner) -> Decision:
+        """What admission says of the request at this moment."""
+        with self._lock:
+            return admit(self._ledger, residents(self._views(), newcomer), request)
+
+    # Transitions.
+
+    def set_limits(self, budgets_mb: Mapping[str, float], max_models: int) -> None:
+        with self._lock:
+            self._ledger = self._ledger.with_limits(budgets_mb, max_models)
+        self._on_change()
+
+    def add(self, spec: ModelSpec, owner: Owner, device: str, mb: float) -> ManagedModel | None:
+        """A new LOADING instance with a reservation of `mb`; None if it no longer fits.
+
+        Raises OperationInProgress if an operation on the model has not ended.
+        """
+        with self._lock:
+            self._refuse_if_occupied(spec.model_id)
+            if self._ledger.shortfall(device, mb):
+                return None
+            instance = self._add(spec, owner, device, mb)
+        self._on_change()
+        return instance
+
+    def ready(
+        self, instance: ManagedModel, running: RunningModel, spec: ModelSpec
+    ) -> ManagedModel | None:
+        """LOADING → READY: requests go to it from now on. Gives the old instance, which now drains.
+
+        Raises OperationInProgress if the instance was given up meanwhile, LedgerError if what it
+        measures does not fit its device's budget; in both cases nothing has changed.
+        """
+        now = self._clock.now()
+        with self._lock:
+            if instance.state is not State.LOADING:
+                raise OperationInProgress(f"{instance.key} was given up")
+            self._ledger = self._ledger.resize(instance.key, running.memory_mb)
+            instance.running = running
+            instance.measured_mb = running.memory_mb
+            instance.spec = spec
+            self._move(instance, State.READY)
+            instance.ready_since_s = now
+            instance.last_used_s = max(now, instance.last_used_s)
+            instance.open_for_leases()
+            old = self._current.get(instance.model_id)
+            self._current[instance.model_id] = instance
+            self._note_outcome(spec, None)
+            self._publish()
+            if old is not None:
+                self._drain(old, "Replaced")
+        self._on_change()
+        return old
+
+    def fail(self, instance: ManagedModel, error: SplitlearnError) -> bool:
+        """LOADING → FAILED; False if it was given up before. Its reservation stays until `gone`."""
+        with self._lock:
+            if instance.state is not State.LOADING:
+                return False
+            instance.error = error
+            self._move(instance, State.FAILED)
+            self._note_outcome(instance.spec, error)
+        self._on_change()
+        return True
+
+    def begin_unload(
+        self,
+        model_id: str,
+        reason: str,
+        *,
+        key: str | None = None,
+        only_if_idle: bool = False,
+        successor: Successor | None = None,
+    ) -> ManagedModel | None:
+        """READY → UNLOADING for the instance that serves the model: it drains from now on.
+
+        None, with nothing changed, if the model is not served, serves with another instance than
+        `key`, or is in use although `only_if_idle`. With a `successor`, its load takes over the
+        reservation when this one is back. Raises OperationInProgress while another runs.
+        """
+        with self._lock:
+            instance = self._current.get(model_id)
+            if instance is None or (key is not None and instance.key != key):
+                return None
+            self._refuse_if_occupied(model_id)
+            if successor is not None:
+                after = self._ledger.without((instance.key,))
+                if after.shortfall(successor.device, successor.mb):
+                    return None
+            if only_if_idle and not instance.stop_leases_if_idle():
+                return None
+            del self._current[model_id]
+            self._publish()
+            self._drain(instance, reason)
+            if successor is not None:
+                self._successors[instance.key] = successor
+        self._on_change()
+        return instance
+
+    def abandon(self, instance: ManagedModel) -> None:
+        """FAILED → UNLOADING: the loader has come back, what it left is being given back."""
+        with self._lock:
+            self._move(instance, State.UNLOADING)
+            instance.draining_since_s = self._clock.now()
+        self._on_change()
+
+    def claim_close(self, instance: ManagedModel) -> bool:
+        """True for exactly one caller, once the instance drains and no lease is left."""
+        with self._lock:
+            if instance.state is not State.UNLOADING or instance.close_started:
+                return False
+            if not instance.idle:
+                return False
+            instance.close_started = True
+            return True
+
+    def gone(self, instance: ManagedModel) -> ManagedModel | None:
+        """UNLOADING → GONE: the reservation is back. Gives the successor's instance, now LOADING."""
+        with self._lock:
+            self._move(instance, State.GONE)
+            instance.running = None
+            self._ledger = self._ledger.release(instance.key)
+            del self._instances[instance.key]
+            successor = self._successors.pop(instance.key, None)
+            following = None
+            if successor is not None:
+                if self._ledger.shortfall(successor.device, successor.mb):
+                    self._note_outcome(
+                        successor.spec,
+                        InsufficientMemory(
+                            "the limits were lowered while the old version unloaded"
+                        ),
+                    )
+                else:
+                    following = self._add(
+                        successor.spec, instance.owner, successor.device, successor.mb
+                    )
+        self._on_change()
+        return following
+
+    def cancel_successor(self, model_id: str) -> None:
+        """Forgets what was to be loaded after the model's unload."""
+        with self._lock:
+            for key in [k for k in self._successors if self._instances[k].model_id == model_id]:
+                del self._successors[key]
+
+    def adjust(self, model_id: str, spec: ModelSpec) -> bool:
+        """Applies a spec of the same version in place; False if another version serves."""
+        with self._lock:
+            instance = self._current.get(model_id)
+            if instance is None or instance.spec.version != spec.version:
+                return False
+            instance.spec = spec
+            self._publish()
+        self._on_change()
+        return True
+
+    def mark_drain_overdue(self, instance: ManagedModel) -> bool:
+        """True the first time it is called for an instance that still has leases."""
+        with self._lock:
+            if instance.drain_overdue or instance.state is not State.UNLOADING or instance.idle:
+                return False
+            instance.drain_overdue = True
+            return True
+
+    def forget_outcome(self, model_id: str) -> None:
+        """Drops what is remembered of a model that nobody wants any more."""
+        with self._lock:
+            self._outcomes.pop(model_id, None)
+
+    # Under the lock.
+
+    def _refuse_if_occupied(self, model_id: str) -> None:
+        for instance in self._instances.values():
+            if instance.model_id == model_id and instance.state in _OCCUPIES_ID:
+                raise OperationInProgress(
+                    f"model {model_id!r} is {instance.state}: one operation at a time"
+                )
+
+    def _add(self, spec: ModelSpec, owner: Owner, device: str, mb: float) -> ManagedModel:
+        key = f"{spec.model_id}#{next(self._serial)}"
+        self._ledger = self._ledger.reserve(key, device, mb)
+        instance = ManagedModel(
+            key, spec, owner=owner, device=device, loading_since_s=self._clock.now()
+        )
+        self._instances[key] = instance
+        return instance
+
+    def _move(self, instance: ManagedModel, state: State) -> None:
+        check_edge(instance.state, state)
+        instance.state = state
+
+    def _drain(self, instance: ManagedModel, reason: str) -> None:
+        self._move(instance, State.UNLOADING)
+        instance.unload_reason = reason
+        instance.draining_since_s = self._clock.now()
+        instance.stop_leases()
+
+    def _publish(self) -> None:
+        self.table = build_table((i, i.config.effective_endpoint) for i in self._current.values())
+
+    def _note_outcome(self, spec: ModelSpec, error: SplitlearnError | None) -> None:
+        self._outcomes[spec.model_id] = LoadOutcome(
+            model_id=spec.model_id,
+            serial=next(self._serial),
+            spec=spec,
+            reason=error.reason if error else None,
+            message=error.message if error else "",
+            terminal=isinstance(error, TerminalLoadError),
+            at_s=self._clock.now(),
+        )
+
+    def _views(self) -> tuple[InstanceView, ...]:
+        return tuple(
+            InstanceView(
+                key=i.key,
+                model_id=i.model_id,
+                owner=i.owner,
+                state=i.state,
+                spec=i.spec,
+                device=i.device,
+                reserved_mb=self.reserved_mb(i),
+                measured_mb=i.measured_mb,
+                leases=i.in_flight,
+                last_used_s=i.last_used_s,
+                loading_since_s=i.loading_since_s,
+                ready_since_s=i.ready_since_s,
+                drain_overdue=i.drain_overdue,
+                notes=i.running.notes if i.running else (),
+                warmed=i.running.warmed if i.running else False,
+                requests=i.requests,
+                errors=i.errors,
+            )
+            for i in self._instances.values()
+        )

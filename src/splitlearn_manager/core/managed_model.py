@@ -1,0 +1,125 @@
+"""The record of one instance, and the leases that requests hold on it.
+
+A *lease* is a request's hold on an instance; once the instance drains it grants no more of them, and
+it is closed when the last one is given back. When that happens is the manager's to decide.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.errors import SplitlearnError
+
+if TYPE_CHECKING:
+    from splitlearn_manager.runtime.base import RunningModel
+
+
+class ManagedModel:
+    """The record of one instance. Made by the manager; read by everybody; changed only by the manager.
+
+    `state`, `spec`, `device` and the timestamps change under the manager's lock. The lease count has
+    a lock of its own, because the request path must never wait for the manager's.
+
+    Attributes:
+        key: unique name of this instance, `model_id#serial`.
+        spec: the version it runs; replaced by `adjust` for keys that are applied in place.
+        device: where it runs, such as `cpu` or `cuda:0`.
+        loading_since_s, ready_since_s, draining_since_s: on the manager's monotonic clock.
+        measured_mb: size of its weights once loaded, in MB (2**20 bytes); None before.
+        error: why it FAILED.
+    """
+
+    def __init__(
+        self, key: str, spec: ModelSpec, *, owner: Owner, device: str, loading_since_s: float
+    ) -> None:
+        self.key = key
+        self.spec = spec
+        self.owner = owner
+        self.device = device
+        self.state = State.LOADING
+        self.loading_since_s = loading_since_s
+        self.ready_since_s: float | None = None
+        self.draining_since_s: float | None = None
+        self.drain_overdue = False
+        self.close_started = False
+        self.last_used_s = loading_since_s
+        self.measured_mb: float | None = None
+        self.unload_reason = ""
+        self.error: SplitlearnError | None = None
+        self.running: RunningModel | None = None
+        self.requests = 0
+        self.errors = 0
+        self.busy_s = 0.0
+        self._leases = 0
+        self._granting = False
+        self._lease_lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        return f"<ManagedModel {self.key} {self.state} on {self.device}, {self._leases} leases>"
+
+    # What routing reads of a candidate.
+
+    @property
+    def model_id(self) -> str:
+        return self.spec.config.model_id
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.spec.config
+
+    @property
+    def weight(self) -> float:
+        return self.spec.config.weight
+
+    @property
+    def in_flight(self) -> int:
+        """Leases held at this moment."""
+        return self._leases
+
+    @property
+    def idle(self) -> bool:
+        return self._leases == 0
+
+    # Leases.
+
+    def open_for_leases(self) -> None:
+        """Lets requests in: called once, when the instance becomes READY."""
+        with self._lease_lock:
+            self._granting = True
+
+    def acquire(self, now: float) -> bool:
+        """Takes a lease; False once the instance drains (the caller looks at the new routing table)."""
+        with self._lease_lock:
+            if not self._granting:
+                return False
+            self._leases += 1
+            self.last_used_s = now
+            return True
+
+    def release(self, now: float, *, duration_s: float, ok: bool) -> bool:
+        """Gives a lease back; True if it was the last one of an instance that drains."""
+        with self._lease_lock:
+            self._leases -= 1
+            self.last_used_s = now
+            self.requests += 1
+            self.busy_s += duration_s
+            if not ok:
+                self.errors += 1
+            return self._leases == 0 and not self._granting
+
+    def stop_leases(self) -> bool:
+        """Begins to drain: no new leases. True if none is held."""
+        with self._lease_lock:
+            self._granting = False
+            return self._leases == 0
+
+    def stop_leases_if_idle(self) -> bool:
+        """As `stop_leases`, but only if nothing uses the instance; False leaves it as it was."""
+        with self._lease_lock:
+            if self._leases:
+                return False
+            self._granting = False
+            return True

@@ -1,0 +1,655 @@
+"""Owns the models of a node: load, unload, reload, lease, drain, shutdown.
+
+What it promises:
+- a load runs beside serving, in work of its own; one that fails, hangs or lies about its size
+  disturbs nobody;
+- a lease keeps its instance alive until the request has ended; an instance is closed when it drains
+  and its last lease is back, never before;
+- an update loads and warms the new version, switches, then drains the old one (surge), or drains and
+  unloads the old one first where both do not fit (recreate);
+- what the reconciler does (`begin_…`) and what Python callers do (`load_model`, …) are the same
+  operations; the latter only wait for the end.
+
+It never decides which models are wanted: that is the reconciler's, or the caller's.
+The states and the lock are in `instances`; who makes room, in `eviction`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.core.clock import Clock, Executor, SystemClock, ThreadExecutor
+from splitlearn_manager.core.eviction import AdmissionRequest, Admitted, AwaitRoom, MakeRoom
+from splitlearn_manager.core.instances import Instances, Successor
+from splitlearn_manager.core.ledger import Ledger, LedgerError
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.model_files import ModelFiles
+from splitlearn_manager.core.resource_manager import ResourceManager, budget_device
+from splitlearn_manager.core.snapshot import Snapshot
+from splitlearn_manager.errors import (
+    AdmissionError,
+    InsufficientMemory,
+    LoadError,
+    LoadTimeout,
+    MaxModels,
+    ModelNotFound,
+    ModelUnavailable,
+    OperationInProgress,
+    OverMemoryLimit,
+    SplitlearnError,
+    WeightsChanged,
+)
+from splitlearn_manager.logs import log_event
+from splitlearn_manager.routing.table import RoutingTable
+
+if TYPE_CHECKING:
+    from splitlearn_manager.runtime.base import RunningModel, Runtime
+
+log = logging.getLogger(__name__)
+
+# Between reading the routing table and taking a lease the table may be swapped; the next read sees the
+# new one. More rounds than this mean that the model is switched faster than a request can start.
+_LEASE_ROUNDS = 1000
+
+
+class EventKind(StrEnum):
+    """What happened to an instance."""
+
+    LOADING = "Loading"
+    LOADED = "Loaded"
+    LOAD_FAILED = "LoadFailed"
+    DRAIN_OVERDUE = "DrainOverdue"
+    UNLOADED = "Unloaded"
+    EVICTED = "Evicted"
+
+
+@dataclass(frozen=True, slots=True)
+class ManagerEvent:
+    """Something that happened to an instance; `reason` is stable, `message` is for people."""
+
+    kind: EventKind
+    model_id: str
+    key: str
+    reason: str
+    message: str
+
+
+class Lease:
+    """A request's hold on an instance. Give it back with `release`, or use it in a `with`."""
+
+    __slots__ = ("_closed", "_manager", "instance", "ok", "started_s")
+
+    def __init__(self, manager: ModelManager, instance: ManagedModel, started_s: float) -> None:
+        self._manager = manager
+        self._closed = False
+        self.instance = instance
+        self.started_s = started_s
+        self.ok = True
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.ok = False
+        self.release()
+
+    def release(self) -> None:
+        """Gives the instance back. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._manager._release(self)
+
+
+class ModelManager:
+    """See the module's text. All arguments are optional and keyword-only.
+
+    Args:
+        max_models: most instances that hold memory at a time, the two of a surge included.
+        resources: budgets of the devices; by default 80 % of what each has.
+        runtime: where models run; by default in threads of this process.
+        files: what is behind a model_path: sizes and fingerprints.
+        clock, executor: time and threads; others for tests.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_models: int = 5,
+        resources: ResourceManager | None = None,
+        runtime: Runtime | None = None,
+        files: ModelFiles | None = None,
+        clock: Clock | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.resources = resources or ResourceManager()
+        self._runtime = runtime
+        self._files = files or ModelFiles()
+        self._clock = clock or SystemClock()
+        self._executor = executor or ThreadExecutor()
+        self._changed = threading.Condition()
+        self._change_listeners: list[Callable[[], None]] = []
+        self._event_listeners: list[Callable[[ManagerEvent], None]] = []
+        self._measured_mb: dict[str, tuple[tuple[str, str], float]] = {}
+        self._estimated_mb: dict[str, tuple[tuple[str, str], float]] = {}
+        self._closing = False
+        ledger = Ledger(self.resources.budgets_mb(), max_models)
+        self._instances = Instances(ledger, self._clock, self._notify)
+
+    # What others listen to.
+
+    def on_change(self, listener: Callable[[], None]) -> None:
+        """Calls `listener` after every transition, outside all locks; it must return at once."""
+        self._change_listeners.append(listener)
+
+    def on_event(self, listener: Callable[[ManagerEvent], None]) -> None:
+        """Calls `listener` with every event, outside all locks; it must return at once."""
+        self._event_listeners.append(listener)
+
+    # Looks.
+
+    @property
+    def table(self) -> RoutingTable[ManagedModel]:
+        """The READY instances at this moment; an immutable value."""
+        return self._instances.table
+
+    def snapshot(self) -> Snapshot:
+        """All instances, the ledger and the latest outcome of each model, at one moment."""
+        return self._instances.snapshot()
+
+    def size_mb(self, spec: ModelSpec) -> float:
+        """What a load of the spec reserves, in MB: what it measured before, else the estimate, else 0.
+
+        Raises WeightsNotFound if nothing is at its model_path.
+        """
+        version, measured_mb = self._measured_mb.get(spec.model_id, (None, 0.0))
+        if version == spec.version:
+            return measured_mb
+        question = (spec.spec_hash, spec.weights)
+        asked, estimated_mb = self._estimated_mb.get(spec.model_id, (None, 0.0))
+        if asked != question or not spec.weights:
+            estimated_mb = self._files.estimate_mb(spec.config) or 0.0
+            self._estimated_mb[spec.model_id] = (question, estimated_mb)
+        return estimated_mb
+
+    def devices_for(self, config: ModelConfig) -> tuple[str, ...]:
+        """The devices that the config admits, best first: GPUs with the most free budget before the CPU."""
+        ledger = self._instances.ledger
+        if config.device != "auto":
+            return (budget_device(config.device),)
+        by_room = sorted(
+            ledger.budgets_mb, key=lambda device: (device == "cpu", -ledger.free_mb(device), device)
+        )
+        return tuple(by_room)
+
+    # Operations; each starts something and returns.
+
+    def begin_load(
+        self, spec: ModelSpec, owner: Owner, device: str, mb: float
+    ) -> ManagedModel | None:
+        """Starts a load on a device with a reservation of `mb`; None if it does not fit any more.
+
+        If another version serves, this is a surge: the new one takes its place once it is READY.
+        Raises OperationInProgress while another operation on the model runs.
+        """
+        self._refuse_when_closing()
+        instance = self._instances.add(spec, owner, device, mb)
+        if instance is not None:
+            self._start_load(instance)
+        return instance
+
+    def begin_replace(self, spec: ModelSpec, device: str, mb: float) -> bool:
+        """Starts an update by recreate: drain and unload what serves, then load `spec` in its room.
+
+        False, with nothing touched, if the model is not served or the new version would not fit.
+        """
+        self._refuse_when_closing()
+        instance = self._instances.begin_unload(
+            spec.model_id, "Recreate", successor=Successor(spec, device, mb)
+        )
+        if instance is not None:
+            self._close_if_drained(instance)
+        return instance is not None
+
+    def begin_unload(self, model_id: str, reason: str, *, key: str | None = None) -> bool:
+        """Starts to drain and unload what serves the model; False if nothing (or not `key`) does."""
+        instance = self._instances.begin_unload(model_id, reason, key=key)
+        if instance is not None:
+            self._close_if_drained(instance)
+        return instance is not None
+
+    def begin_evict(self, model_id: str, key: str, reason: str) -> bool:
+        """As `begin_unload`, but only if that very instance is idle at this moment."""
+        instance = self._instances.begin_unload(model_id, reason, key=key, only_if_idle=True)
+        if instance is None:
+            return False
+        self._emit(EventKind.EVICTED, instance, reason, f"evicted: {reason}")
+        self._close_if_drained(instance)
+        return True
+
+    def adjust(self, spec: ModelSpec) -> bool:
+        """Applies a spec that loads the same model in place; False if another version serves."""
+        return self._instances.adjust(spec.model_id, spec)
+
+    def forget(self, model_id: str) -> None:
+        """Drops what is remembered of a model that nobody wants any more."""
+        self._instances.forget_outcome(model_id)
+        self._measured_mb.pop(model_id, None)
+        self._estimated_mb.pop(model_id, None)
+
+    def set_limits(self, max_models: int) -> None:
+        """Applies new limits (the budgets are the resource manager's) to what is loaded from now on."""
+        self._instances.set_limits(self.resources.budgets_mb(), max_models)
+
+    def tick(self) -> float | None:
+        """Gives up loads past `load_timeout_s`, reports drains past `drain_timeout_s`.
+
+        Returns the seconds until it should be called again, or None while nothing is under way.
+        """
+        now = self._clock.now()
+        due: list[float] = []
+        for instance in self._instances.all():
+            if instance.state is State.LOADING:
+                left = instance.loading_since_s + instance.config.load_timeout_s - now
+                if left > 0:
+                    due.append(left)
+                else:
+                    self._give_up(instance)
+            elif instance.state is State.UNLOADING and not instance.drain_overdue:
+                left = (instance.draining_since_s or now) + instance.config.drain_timeout_s - now
+                if left > 0:
+                    due.append(left)
+                elif self._instances.mark_drain_overdue(instance):
+                    message = (
+                        f"{instance.in_flight} requests still run {instance.config.drain_timeout_s:g} s "
+                        "after draining began; it is unloaded when they end"
+                    )
+                    self._emit(EventKind.DRAIN_OVERDUE, instance, "DrainOverdue", message)
+        return min(due) if due else None
+
+    # Leases.
+
+    def lease(self, model_id: str) -> Lease:
+        """A lease on the instance that serves the model, without waiting.
+
+        Raises ModelNotFound if the manager does not know the id, ModelUnavailable if the model
+        does not serve at the moment.
+        """
+        for _ in range(_LEASE_ROUNDS):
+            instance = self._instances.table.by_model.get(model_id)
+            if instance is None:
+                break
+            if (lease := self.try_lease(instance)) is not None:
+                return lease
+        known = self._instances.get(model_id)
+        if known is None:
+            raise ModelNotFound(f"no model {model_id!r} is loaded")
+        raise ModelUnavailable(f"model {model_id!r} is {known.state}; try again")
+
+    def try_lease(self, instance: ManagedModel) -> Lease | None:
+        """A lease on this instance; None once it drains."""
+        now = self._clock.now()
+        return Lease(self, instance, now) if instance.acquire(now) else None
+
+    def _release(self, lease: Lease) -> None:
+        now = self._clock.now()
+        instance = lease.instance
+        if instance.release(now, duration_s=now - lease.started_s, ok=lease.ok):
+            self._close_if_drained(instance)
+
+    # The Python API: the same operations, waiting for their end.
+
+    def load_model(self, config: ModelConfig) -> bool:
+        """Loads a model and waits until it serves; evicts the least recently used where room is short.
+
+        Returns True. Raises the typed error of what went wrong: AdmissionError, LoadError, or
+        OperationInProgress if the id is taken.
+        """
+        if (held := self._instances.get(config.model_id)) is not None and held.state is State.READY:
+            raise OperationInProgress(
+                f"model {config.model_id!r} is loaded already: reload_model() loads its files anew",
+                reason="AlreadyLoaded",
+            )
+        self._load_and_wait(ModelSpec.of(config), Owner.API)
+        return True
+
+    def reload_model(self, model_id: str) -> bool:
+        """Loads the model's files anew: beside the old version where both fit, else in its place.
+
+        Returns True. Raises ModelNotFound, or what `load_model` raises; then the old version goes on
+        serving (unless both did not fit and it had to go first).
+        """
+        served = self._instances.table.by_model.get(model_id)
+        if served is None:
+            raise ModelNotFound(f"no model {model_id!r} is loaded")
+        spec = ModelSpec.of(served.config, generation=served.spec.generation)
+        mode = served.config.update
+        mb = self.size_mb(spec)
+        beside = self._request(spec, mb, may_evict=mode == "surge")
+        fits = isinstance(self._instances.decide(beside, served.owner), Admitted)
+        if mode == "surge" or (mode == "auto" and fits):
+            self._load_and_wait(spec, served.owner)
+            return True
+        serial = self._outcome_serial(model_id)
+        if not self.begin_replace(spec, served.device, mb):
+            raise InsufficientMemory(
+                f"the new version of {model_id!r} needs {mb:,.0f} MB: too much"
+            )
+        self._wait(lambda: self._outcome_serial(model_id) > serial)
+        outcome = self.snapshot().outcomes[model_id]
+        if not outcome.ok:
+            raise LoadError(outcome.message, reason=outcome.reason)
+        return True
+
+    def unload_model(self, model_id: str) -> bool:
+        """Drains and unloads a model and waits until its memory is back.
+
+        Returns True. Raises ModelNotFound if it is not loaded, OperationInProgress if requests still
+        run `drain_timeout_s` later (it is unloaded when they end).
+        """
+        instance = self._instances.get(model_id)
+        if instance is None or instance.state is State.FAILED:
+            raise ModelNotFound(f"no model {model_id!r} is loaded")
+        if not self.begin_unload(model_id, "Requested") and instance.state is not State.UNLOADING:
+            raise OperationInProgress(
+                f"model {model_id!r} is {instance.state}; unload it when it serves"
+            )
+        self._wait(lambda: instance.state is State.GONE or instance.drain_overdue)
+        if instance.state is not State.GONE:
+            raise OperationInProgress(
+                f"model {model_id!r} still answers {instance.in_flight} requests; it takes no new ones "
+                "and is unloaded when they end",
+                reason="DrainOverdue",
+            )
+        return True
+
+    def get_model(self, model_id: str) -> ManagedModel | None:
+        """The record of the instance that serves the model (else of its newest), or None."""
+        return self._instances.get(model_id)
+
+    def get_model_info(self, model_id: str) -> dict[str, object]:
+        """What is known of a model. Raises ModelNotFound."""
+        instance = self._instances.get(model_id)
+        if instance is None:
+            raise ModelNotFound(f"no model {model_id!r} is loaded")
+        return self._info(instance)
+
+    def list_models(self) -> list[dict[str, object]]:
+        """What is known of every instance, oldest first."""
+        return [self._info(instance) for instance in self._instances.all()]
+
+    def get_statistics(self) -> dict[str, object]:
+        """Counts over all models: loaded, requests, errors, and MB reserved and allowed on each device."""
+        instances = self._instances.all()
+        ledger = self._instances.ledger
+        return {
+            "models_loaded": sum(i.state is State.READY for i in instances),
+            "max_models": ledger.max_models,
+            "total_requests": sum(i.requests for i in instances),
+            "total_errors": sum(i.errors for i in instances),
+            "reserved_mb": {device: ledger.used_mb(device) for device in ledger.budgets_mb},
+            "budget_mb": dict(ledger.budgets_mb),
+        }
+
+    def shutdown(self, grace_s: float | None = None) -> None:
+        """Refuses new loads, drains and unloads everything, and waits for it.
+
+        Args:
+            grace_s: longest wait; by default each model's own `drain_timeout_s`. What still runs then
+                is left to its end.
+        """
+        self._closing = True
+        began = self._clock.now()
+        for instance in self._instances.all():
+            self._instances.cancel_successor(instance.model_id)
+            if instance.state is State.READY:
+                self.begin_unload(instance.model_id, "Shutdown", key=instance.key)
+
+        def settled() -> bool:
+            if grace_s is not None and self._clock.now() - began >= grace_s:
+                return True
+            return all(
+                i.state is State.FAILED or i.state is State.LOADING or i.drain_overdue
+                for i in self._instances.all()
+            )
+
+        self._wait(settled, at_most_s=grace_s)
+
+    # Inside.
+
+    def _refuse_when_closing(self) -> None:
+        if self._closing:
+            raise ModelUnavailable("the node is shutting down", reason="ShuttingDown")
+
+    def _request(self, spec: ModelSpec, mb: float, *, may_evict: bool) -> AdmissionRequest:
+        return AdmissionRequest(
+            model_id=spec.model_id,
+            devices=self.devices_for(spec.config),
+            mb=mb,
+            priority=spec.config.priority,
+            demanded_s=self._clock.now(),
+            may_evict=may_evict,
+        )
+
+    def _load_and_wait(self, spec: ModelSpec, owner: Owner) -> None:
+        """Makes room, loads, waits; raises what went wrong."""
+        mb = self.size_mb(spec)
+        if (problem := over_own_limit(spec.config, mb)) is not None:
+            raise OverMemoryLimit(problem)
+        request = self._request(spec, mb, may_evict=True)
+        while (instance := self._try_admitted(request, spec, owner, mb)) is None:
+            pass
+        self._wait(lambda: instance.state is not State.LOADING)
+        if instance.error is not None:
+            raise instance.error
+
+    def _try_admitted(
+        self, request: AdmissionRequest, spec: ModelSpec, owner: Owner, mb: float
+    ) -> ManagedModel | None:
+        """One step towards a load: starts it, or makes room, or waits for room; raises if there is none."""
+        held = self._instances.ledger
+        decision = self._instances.decide(request, owner)
+        if isinstance(decision, Admitted):
+            return self.begin_load(spec, owner, decision.device, mb)
+        if isinstance(decision, MakeRoom):
+            for victim in decision.victims:
+                self.begin_evict(victim.model_id, victim.key, "MadeRoom")
+        elif isinstance(decision, AwaitRoom):
+            self._wait(lambda: self._instances.ledger is not held)
+        else:
+            message = f"model {spec.model_id!r}: {decision.message}"
+            raise _ADMISSION_ERRORS.get(decision.reason, AdmissionError)(
+                message, reason=decision.reason
+            )
+        return None
+
+    def _outcome_serial(self, model_id: str) -> int:
+        outcome = self.snapshot().outcomes.get(model_id)
+        return outcome.serial if outcome else 0
+
+    def _start_load(self, instance: ManagedModel) -> None:
+        self._emit(EventKind.LOADING, instance, "Loading", f"loading on {instance.device}")
+        self._executor.start(f"load-{instance.key}", lambda: self._load(instance))
+
+    def _load(self, instance: ManagedModel) -> None:
+        """The work of one load; runs beside everything else."""
+        running: RunningModel | None = None
+        try:
+            spec, running = self._read(instance.spec, _torch_device(instance))
+            self._check_size(spec, running)
+            try:
+                old = self._instances.ready(instance, running, spec)
+            except LedgerError:
+                raise InsufficientMemory(
+                    f"model {instance.model_id!r} turned out to take {running.memory_mb:,.0f} MB, "
+                    f"which does not fit on {instance.device}"
+                ) from None
+        except OperationInProgress:
+            log_event(log, logging.WARNING, "LateLoadDiscarded", model=instance.model_id)
+            self._discard(instance, running)
+        except SplitlearnError as error:
+            self._failed(instance, error)
+            self._discard(instance, running)
+        except BaseException as error:
+            # Whatever a loader raises, SystemExit included, ends this load and nothing else.
+            log.exception("event=LoaderRaised model=%s", instance.model_id)
+            message = f"model {instance.model_id!r}: {type(error).__name__}: {error}"
+            self._failed(instance, LoadError(message))
+            self._discard(instance, running)
+        else:
+            took = self._clock.now() - instance.loading_since_s
+            notes = "".join(f"; {note}" for note in running.notes)
+            message = f"{running.memory_mb:,.0f} MB on {instance.device} in {took:.2f} s{notes}"
+            self._emit(EventKind.LOADED, instance, "Loaded", message)
+            if old is not None:
+                self._close_if_drained(old)
+
+    def _read(self, spec: ModelSpec, device: str) -> tuple[ModelSpec, RunningModel]:
+        """Loads and warms the model, making sure that its files were the same before and after.
+
+        A copy that is still being written, or replaced in the middle, would give a mixed model.
+        """
+        before = self._files.fingerprint(spec.config)
+        if spec.weights and spec.weights != before:
+            raise WeightsChanged(f"model {spec.model_id!r}: its files are still changing")
+        runtime = self._runtime or _thread_runtime()
+        running = runtime.start(spec.config, device)
+        try:
+            changed = self._files.fingerprint(spec.config) != before
+        except LoadError:
+            changed = True
+        if changed:
+            running.close()
+            raise WeightsChanged(f"model {spec.model_id!r}: its files changed while they were read")
+        return ModelSpec(
+            spec.config, spec.spec_hash, spec.load_hash, before, spec.generation
+        ), running
+
+    def _check_size(self, spec: ModelSpec, running: RunningModel) -> None:
+        self._measured_mb[spec.model_id] = (spec.version, running.memory_mb)
+        if (problem := over_own_limit(spec.config, running.memory_mb)) is not None:
+            raise OverMemoryLimit(problem)
+
+    def _give_up(self, instance: ManagedModel) -> None:
+        self._failed(
+            instance,
+            LoadTimeout(
+                f"model {instance.model_id!r} was not loaded within load_timeout_s = "
+                f"{instance.config.load_timeout_s:g} s; its memory stays charged until the loader returns"
+            ),
+        )
+
+    def _failed(self, instance: ManagedModel, error: SplitlearnError) -> None:
+        if self._instances.fail(instance, error):
+            self._emit(EventKind.LOAD_FAILED, instance, error.reason, error.message)
+
+    def _discard(self, instance: ManagedModel, running: RunningModel | None) -> None:
+        """Gives back what a failed or late load holds."""
+        self._instances.abandon(instance)
+        if self._instances.claim_close(instance):
+            self._close(instance, running)
+
+    def _close_if_drained(self, instance: ManagedModel) -> None:
+        if self._instances.claim_close(instance):
+            running = instance.running
+            self._executor.start(f"close-{instance.key}", lambda: self._close(instance, running))
+
+    def _close(self, instance: ManagedModel, running: RunningModel | None) -> None:
+        was_ready = instance.ready_since_s is not None
+        if running is not None:
+            try:
+                running.close()
+            except Exception:
+                log.exception("event=CloseFailed model=%s", instance.model_id)
+        following = self._instances.gone(instance)
+        if was_ready:
+            self._emit(EventKind.UNLOADED, instance, instance.unload_reason, "unloaded")
+        if following is not None:
+            self._start_load(following)
+
+    def _info(self, instance: ManagedModel) -> dict[str, object]:
+        answered = instance.requests
+        return {
+            "model_id": instance.model_id,
+            "state": str(instance.state),
+            "owner": str(instance.owner),
+            "device": instance.device,
+            "generation": instance.spec.generation,
+            "model_path": instance.config.model_path,
+            "endpoint": instance.config.effective_endpoint,
+            "memory_mb": instance.measured_mb,
+            "reserved_mb": self._instances.reserved_mb(instance),
+            "in_flight": instance.in_flight,
+            "request_count": answered,
+            "error_count": instance.errors,
+            "avg_request_ms": instance.busy_s / answered * 1000.0 if answered else 0.0,
+            "warmed": bool(instance.running and instance.running.warmed),
+            "notes": list(instance.running.notes) if instance.running else [],
+        }
+
+    def _emit(self, kind: EventKind, instance: ManagedModel, reason: str, message: str) -> None:
+        event = ManagerEvent(kind, instance.model_id, instance.key, reason, message)
+        level = logging.ERROR if kind is EventKind.LOAD_FAILED else logging.INFO
+        log_event(log, level, kind, message, model=instance.model_id, reason=reason)
+        for listener in self._event_listeners:
+            _tell(partial(listener, event))
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+        for listener in self._change_listeners:
+            _tell(listener)
+
+    def _wait(self, done: Callable[[], bool], *, at_most_s: float | None = None) -> None:
+        """Blocks the caller (a Python API call) until `done`; keeps time-outs going meanwhile."""
+        while True:
+            due = self.tick()
+            if at_most_s is not None:
+                due = at_most_s if due is None else min(due, at_most_s)
+            with self._changed:
+                if done():
+                    return
+                self._changed.wait(due)
+
+
+_ADMISSION_ERRORS: Mapping[str, type[AdmissionError]] = {
+    "InsufficientMemory": InsufficientMemory,
+    "MaxModels": MaxModels,
+}
+
+
+def _tell(listener: Callable[[], None]) -> None:
+    """Calls a listener; its errors are its own, and never those of a load or an unload."""
+    try:
+        listener()
+    except Exception:
+        log.exception("event=ListenerFailed")
+
+
+def over_own_limit(config: ModelConfig, mb: float) -> str | None:
+    """What is wrong if a model of `mb` is larger than its own `max_memory_mb`, else None."""
+    limit = config.max_memory_mb
+    if limit is None or mb <= limit:
+        return None
+    return f"model {config.model_id!r} takes {mb:,.0f} MB, its max_memory_mb is {limit:,}"
+
+
+def _torch_device(instance: ManagedModel) -> str:
+    """Where torch puts it: Apple's GPU shares the CPU's memory, so it is reserved as `cpu`."""
+    return "mps" if instance.config.device == "mps" else instance.device
+
+
+def _thread_runtime() -> Runtime:
+    # Imported with the first load, because it brings torch.
+    from splitlearn_manager.core.model_loader import ModelLoader
+    from splitlearn_manager.runtime.thread import ThreadRuntime
+
+    return ThreadRuntime(ModelLoader())

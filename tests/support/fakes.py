@@ -1,0 +1,179 @@
+"""Time, work, models and files that a test controls, for running the manager and the loop by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.core.model_manager import ModelManager
+from splitlearn_manager.core.resource_manager import ResourceManager
+from splitlearn_manager.desired.state import DesiredModel, DesiredState, SourceRef
+from splitlearn_manager.errors import LoadError
+
+
+class FakeClock:
+    """A clock that moves only when told to."""
+
+    def __init__(self) -> None:
+        self.seconds = 1000.0
+
+    def now(self) -> float:
+        return self.seconds
+
+    def wall(self) -> float:
+        return 1_700_000_000.0 + self.seconds
+
+    def advance(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+class ManualExecutor:
+    """Keeps work until a test runs it, in the order that the test chooses."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[str, Callable[[], None]]] = []
+
+    def start(self, name: str, work: Callable[[], None]) -> None:
+        self.waiting.append((name, work))
+
+    def run_one(self, index: int = 0) -> str:
+        name, work = self.waiting.pop(index)
+        work()
+        return name
+
+    def run_all(self) -> None:
+        while self.waiting:
+            self.run_one()
+
+
+class FakeRunning:
+    """A loaded model without torch; refuses to be closed twice or used after."""
+
+    def __init__(self, config: ModelConfig, memory_mb: float) -> None:
+        self.config = config
+        self.memory_mb = memory_mb
+        self.notes: tuple[str, ...] = ()
+        self.warmed = True
+        self.closed = False
+        self.leases_at_close: int | None = None
+
+    @property
+    def compute_function(self) -> object:
+        assert not self.closed, "used after it was closed"
+        return self
+
+    def close(self) -> None:
+        assert not self.closed, "closed twice"
+        self.closed = True
+
+
+class FakeRuntime:
+    """Loads a model of the size that the test says, or raises what the test says."""
+
+    def __init__(self) -> None:
+        self.sizes_mb: dict[str, float] = {}
+        self.failures: dict[str, BaseException] = {}
+        self.started: list[tuple[str, str]] = []
+        self.running: list[FakeRunning] = []
+
+    def start(self, config: ModelConfig, device: str) -> FakeRunning:
+        self.started.append((config.model_id, device))
+        if (failure := self.failures.get(config.model_id)) is not None:
+            raise failure
+        running = FakeRunning(config, self.sizes_mb.get(config.model_id, 10.0))
+        self.running.append(running)
+        return running
+
+    @property
+    def open_models(self) -> list[FakeRunning]:
+        return [r for r in self.running if not r.closed]
+
+
+class FakeFiles:
+    """Weights as a test describes them: a fingerprint and an estimated size for each model."""
+
+    def __init__(self) -> None:
+        self.fingerprints: dict[str, str] = {}
+        self.estimates_mb: dict[str, float] = {}
+
+    def fingerprint(self, config: ModelConfig) -> str:
+        return self.fingerprints.get(config.model_id, "w0")
+
+    def estimate_mb(self, config: ModelConfig) -> float | None:
+        return self.estimates_mb.get(config.model_id, 10.0)
+
+
+class FixedBudgets(ResourceManager):
+    """A machine with the devices and the memory that a test wants."""
+
+    def __init__(self, budgets_mb: Mapping[str, float]) -> None:
+        super().__init__(max_memory_percent=80)
+        self._fixed = dict(budgets_mb)
+
+    def budgets_mb(self) -> dict[str, float]:
+        return dict(self._fixed)
+
+
+@dataclass
+class Bench:
+    """A manager whose time and work the test controls."""
+
+    budgets_mb: Mapping[str, float] = field(default_factory=lambda: {"cpu": 1000.0})
+    max_models: int = 5
+
+    def __post_init__(self) -> None:
+        self.clock = FakeClock()
+        self.executor = ManualExecutor()
+        self.runtime = FakeRuntime()
+        self.files = FakeFiles()
+        self.manager = ModelManager(
+            max_models=self.max_models,
+            resources=FixedBudgets(self.budgets_mb),
+            runtime=self.runtime,  # type: ignore[arg-type]
+            files=self.files,  # type: ignore[arg-type]
+            clock=self.clock,
+            executor=self.executor,
+        )
+
+
+class FakeSource:
+    """A directory without files: the desired models are what the test declares."""
+
+    def __init__(self) -> None:
+        self.state = DesiredState(source_available=True, complete=True)
+        self._generations: dict[str, int] = {}
+
+    def look(self, now: float) -> DesiredState:
+        return self.state
+
+    def declare(self, config: ModelConfig, *, at: float, weights: str | None = "w0") -> None:
+        """Accepts a config (a new generation if its spec is new) with these weights."""
+        old = self.state.models.get(config.model_id)
+        changed = old is None or old.spec_hash != config.spec_hash()
+        if changed:
+            self._generations[config.model_id] = self._generations.get(config.model_id, 0) + 1
+        model = DesiredModel(
+            config=config,
+            generation=self._generations[config.model_id],
+            spec_hash=config.spec_hash(),
+            load_hash=config.load_hash(),
+            source=SourceRef(f"{config.model_id}.yaml", 1),
+            accepted_at=at if changed or old is None else old.accepted_at,
+            weights=weights,
+        )
+        self.state = replace(self.state, models={**self.state.models, config.model_id: model})
+
+    def remove(self, model_id: str) -> None:
+        models = {m: d for m, d in self.state.models.items() if m != model_id}
+        self.state = replace(self.state, models=models)
+
+
+def model(model_id: str, **keys: object) -> ModelConfig:
+    """A config of a model on the CPU whose files are fakes."""
+    values = {"model_id": model_id, "model_path": f"/models/{model_id}.pt", "device": "cpu", **keys}
+    return ModelConfig(**values)  # type: ignore[arg-type]
+
+
+def broken(message: str = "it is broken") -> LoadError:
+    return LoadError(message)
