@@ -1,0 +1,120 @@
+"""What `run` and `once` do: a node in this process, until a signal or until it has converged."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+
+from splitlearn_manager.cli.render import console, status_lines
+from splitlearn_manager.config.server_config import ServerConfig
+from splitlearn_manager.desired.state import DesiredState
+from splitlearn_manager.logs import log_event
+from splitlearn_manager.reconcile.reconciler import Turn
+from splitlearn_manager.server.managed_server import ManagedServer
+
+log = logging.getLogger(__name__)
+
+_LOOPBACK = ("127.", "localhost", "::1", "[::1]")
+
+
+def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
+    """Serves the directory until SIGTERM or SIGINT, then drains. A second signal exits at once.
+
+    Args:
+        live: whether DIRECTORY/server.yaml is followed while the node runs.
+
+    Raises ServerError if it cannot start.
+    """
+    if not settings.host.startswith(_LOOPBACK):
+        message = "other machines reach it, without TLS or a token"
+        log_event(log, logging.WARNING, "OpenToOthers", message, host=settings.host)
+    server = ManagedServer(settings, directory=directory, live_settings=live)
+    stop = _stop_on_signals()
+    server.start()
+    announcer = threading.Thread(
+        target=_announce_when_ready, args=(server, stop), name="announce", daemon=True
+    )
+    announcer.start()
+    stop.wait()
+    server.stop(grace=server.drain_s)
+
+
+def converge(
+    directory: Path, settings: ServerConfig
+) -> tuple[DesiredState, list[Mapping[str, object]]]:
+    """Loads what the directory declares, reports, and unloads it again; nothing is served."""
+    server = ManagedServer(settings, directory=directory)
+    turns: list[Turn] = []
+
+    def settled(turn: Turn) -> bool:
+        turns[:] = [turn]
+        return turn.settled
+
+    server.reconciler.run(until=settled)
+    statuses = list(server.reconciler.status.published.values())
+    server.stop(grace=0.0)
+    return turns[0].desired, statuses
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that the first SIGTERM or SIGINT sets; the second one ends the process."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    return stop
+
+
+def _announce_when_ready(server: ManagedServer, stop: threading.Event) -> None:
+    """Once converged, tells a person what is served and what to type next."""
+    if not server.reconciler.wait_converged(stop.is_set):
+        return
+    statuses = list(server.reconciler.status.published.values())
+    out = console()
+    for line in status_lines(statuses):
+        out.print(line)
+    ready = sum(status["phase"] == "Ready" for status in statuses)
+    where = f"{server.config.host}:{server.port}"
+    out.print(f"Serving {ready} of {len(statuses)} models on {where}.")
+    if server.config.enable_monitoring:
+        base = f"http://{server.config.host}:{server.metrics_port}"
+        out.print(f"Status: {base}/api/v1/models   metrics: {base}/metrics")
+    if (example := _example_call(server, where)) is not None:
+        out.print("Ask it something, in a second terminal:")
+        out.print(f"  {example}", soft_wrap=True)
+    sys.stdout.flush()
+
+
+def _example_call(server: ManagedServer, address: str) -> str | None:
+    """A command that calls a model whose input shape is known."""
+    for instance in server.model_manager.table.all:
+        options = instance.config.config
+        if options.input_shape is None:
+            continue
+        shape = ", ".join(str(2 if n == -1 else n) for n in options.input_shape)
+        tensor = f"torch.randn({shape})"
+        if (options.input_dtype or "float").startswith("int"):
+            tensor = f"torch.ones({shape})"
+        code = (
+            "import torch; from splitlearn_comm import GRPCComputeClient as Client; "
+            f"print(Client('{address}').compute({tensor}, '{instance.model_id}'))"
+        )
+        return f'{_interpreter()} -c "{code}"'
+    return None
+
+
+def _interpreter() -> str:
+    """This Python as a person would type it here."""
+    here = os.path.relpath(sys.executable)
+    return here if not here.startswith("..") else sys.executable

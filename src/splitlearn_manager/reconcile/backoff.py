@@ -1,0 +1,67 @@
+"""When a failed load is tried again.
+
+After the n-th failure in a row (n from 0) of one version the wait is `min(CAP_S, BASE_S · 2ⁿ)`, times
+a factor drawn from [1 − JITTER, 1]: exponential backoff with jitter, so that models that failed
+together do not all come back together. Another spec or other weights are another version: they start
+anew, and at once. A terminal failure waits for that.
+
+Pure: the clock and the random number are passed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.snapshot import LoadOutcome
+
+BASE_S = 1.0
+CAP_S = 60.0
+JITTER = 0.2
+_MAX_EXPONENT = 16  # 2**16 s is far above the cap: keeps the power small
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is remembered of failed loads of one version of a model.
+
+    Attributes:
+        spec: the version that failed; another one is not held back by this.
+        failures: loads of it that failed in a row.
+        retry_at_s: when it may be tried again, on the manager's clock; None: not before a change.
+    """
+
+    spec: ModelSpec
+    failures: int
+    retry_at_s: float | None
+    reason: str
+    message: str
+
+    def concerns(self, spec: ModelSpec) -> bool:
+        """Whether `spec` is the version that failed (any key may be what a failure waits for)."""
+        return (self.spec.spec_hash, self.spec.weights) == (spec.spec_hash, spec.weights)
+
+    def blocks(self, spec: ModelSpec, now_s: float) -> bool:
+        """Whether `spec` must not be tried at `now_s`."""
+        if not self.concerns(spec):
+            return False
+        return self.retry_at_s is None or now_s < self.retry_at_s
+
+
+def delay_s(failures: int, draw: float) -> float:
+    """Seconds to wait after `failures` (≥ 1) failures in a row; `draw` is uniform in [0, 1)."""
+    full = min(CAP_S, BASE_S * 2.0 ** min(failures - 1, _MAX_EXPONENT))
+    return full * (1.0 - JITTER * draw)
+
+
+def after_failure(previous: Attempt | None, outcome: LoadOutcome, draw: float) -> Attempt:
+    """What is remembered after `outcome`, a failure."""
+    again = previous is not None and previous.concerns(outcome.spec)
+    failures = (previous.failures if previous is not None and again else 0) + 1
+    return Attempt(
+        spec=outcome.spec,
+        failures=failures,
+        retry_at_s=None if outcome.terminal else outcome.at_s + delay_s(failures, draw),
+        reason=outcome.reason or "LoadFailed",
+        message=outcome.message,
+    )

@@ -1,0 +1,453 @@
+"""What has to be done so that the node serves what the directory declares: a pure function.
+
+`plan(desired, observed)` compares accepted desired state with what runs and gives a `Plan`: a list of
+actions in the order in which they are executed, and for every model that gets none, what it waits for.
+It does nothing, reads no clock and no file, and does not depend on the order of its inputs. The
+reconciler carries a plan out; the command line prints it.
+
+How it decides, model by model, those of higher priority first:
+- loaded through the Python API: left alone;
+- an operation is under way on it: waits;
+- served in the desired version: nothing, or `adjust` where only keys differ that are applied in place;
+- served in another version: `update`: by surge if both fit at once, else by recreate;
+- not served: `load`, making room by the rule of `core.eviction`; parked ones only on demand;
+- served, owned by the directory and no longer declared: `unload`.
+
+Order: adjustments, updates, loads that fit now, unloads, evictions with the loads that wait for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from splitlearn_manager.config.model_config import changes
+from splitlearn_manager.core.eviction import (
+    AdmissionRequest,
+    Admitted,
+    AwaitRoom,
+    MakeRoom,
+    Refused,
+    Resident,
+    admit,
+)
+from splitlearn_manager.core.ledger import Ledger
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.snapshot import InstanceView, Snapshot, residents
+from splitlearn_manager.reconcile.backoff import Attempt
+
+
+class Verb(StrEnum):
+    """What an action does."""
+
+    ADJUST = "adjust"
+    UPDATE = "update"
+    LOAD = "load"
+    UNLOAD = "unload"
+    EVICT = "evict"
+
+
+class Mode(StrEnum):
+    """How an update goes: the new version beside the old one, or in its place."""
+
+    SURGE = "surge"
+    RECREATE = "recreate"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model that the directory declares, as planning needs it.
+
+    Attributes:
+        spec: accepted config, settled weights, generation.
+        weights_ready: False while the files behind it are missing or still changing for the first
+            time; `weights_problem` then says so.
+        mb: what a load of it reserves, in MB.
+        devices: where it may go, best first.
+        demanded_s: when its file was accepted, or a request last asked for it, whichever is later.
+        own_limit_problem: set if it is larger than its own max_memory_mb.
+    """
+
+    spec: ModelSpec
+    mb: float
+    devices: tuple[str, ...]
+    demanded_s: float
+    weights_ready: bool = True
+    weights_problem: str = ""
+    own_limit_problem: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What runs, and what is remembered of it.
+
+    Attributes:
+        attempts: failed loads, by model id.
+        parked: when a model was evicted, by id; it comes back when a demand is newer than that.
+        fallbacks: the version that served before an update by recreate failed, by id.
+    """
+
+    snapshot: Snapshot
+    attempts: Mapping[str, Attempt] = field(default_factory=dict)
+    parked: Mapping[str, float] = field(default_factory=dict)
+    fallbacks: Mapping[str, Wanted] = field(default_factory=dict)
+    max_parallel_loads: int = 2
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing to do.
+
+    Attributes:
+        key: the instance that is acted on (not for a load); it is checked again when executed.
+        after: model ids whose memory must be back first; empty if it can start now.
+        detail: what changes, or why, for people.
+    """
+
+    verb: Verb
+    model_id: str
+    detail: str
+    spec: ModelSpec | None = None
+    key: str | None = None
+    device: str = ""
+    mb: float = 0.0
+    mode: Mode | None = None
+    reason: str = ""
+    after: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why nothing is done for a model that is not as desired; `until_s` on the manager's clock."""
+
+    model_id: str
+    reason: str
+    message: str
+    until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceForecast:
+    """MB reserved on a device now, at most on the way, and at the end."""
+
+    device: str
+    now_mb: float
+    peak_mb: float
+    after_mb: float
+    budget_mb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Actions in order, what waits, and the memory it will take."""
+
+    actions: tuple[Action, ...]
+    waiting: tuple[Waiting, ...]
+    forecast: tuple[DeviceForecast, ...]
+
+    def waiting_for(self, model_id: str) -> Waiting | None:
+        return next((w for w in self.waiting if w.model_id == model_id), None)
+
+
+def plan(desired: Mapping[str, Wanted], observed: Observed) -> Plan:
+    """See the module's text."""
+    return _Planner(desired, observed).run()
+
+
+class _Planner:
+    """The state of one planning: the ledger as it will be, and the lists that become the plan."""
+
+    def __init__(self, desired: Mapping[str, Wanted], observed: Observed) -> None:
+        self._desired = desired
+        self._observed = observed
+        views = observed.snapshot.instances
+        self._views = views
+        self._by_id: dict[str, list[InstanceView]] = {}
+        for view in views:
+            self._by_id.setdefault(view.model_id, []).append(view)
+        self._ledger: Ledger = observed.snapshot.ledger
+        self._residents: list[Resident] = residents(views, Owner.DIRECTORY)
+        self._waiting: list[Waiting] = []
+
+    def run(self) -> Plan:
+        unloads = self._unloads()
+        self._mark_freeing(a.key for a in unloads)
+        adjusts: list[Action] = []
+        updates: list[Action] = []
+        loads: list[Action] = []
+        waiting_loads: list[Action] = []
+        ordered = sorted(
+            self._desired.values(), key=lambda w: (-w.spec.config.priority, w.spec.model_id)
+        )
+        to_load: list[Wanted] = []
+        for wanted in ordered:
+            action = self._for_present(wanted, to_load)
+            if action is not None and action.verb is Verb.ADJUST:
+                adjusts.append(action)
+            elif action is not None and action.verb is Verb.EVICT:
+                unloads.append(action)
+            elif action is not None:
+                updates.append(action)
+        for wanted in to_load:
+            for action in self._load(wanted):
+                (waiting_loads if action.after or action.verb is Verb.EVICT else loads).append(
+                    action
+                )
+        actions = (*adjusts, *updates, *loads, *unloads, *waiting_loads)
+        return Plan(
+            actions,
+            tuple(sorted(self._waiting, key=lambda w: w.model_id)),
+            forecast(self._observed.snapshot.ledger, actions, self._observed.max_parallel_loads),
+        )
+
+    def _unloads(self) -> list[Action]:
+        """Served for the directory, and declared no more."""
+        return [
+            Action(
+                Verb.UNLOAD,
+                view.model_id,
+                "no file declares it",
+                key=view.key,
+                device=view.device,
+                mb=view.reserved_mb,
+                reason="Pruned",
+            )
+            for view in sorted(self._views, key=lambda v: v.model_id)
+            if view.owner is Owner.DIRECTORY
+            and view.state is State.READY
+            and view.model_id not in self._desired
+            and not self._operation_on(view.model_id)
+        ]
+
+    def _operation_on(self, model_id: str) -> State | None:
+        for view in self._by_id.get(model_id, ()):
+            if view.state in (State.LOADING, State.UNLOADING):
+                return view.state
+        return None
+
+    def _for_present(self, wanted: Wanted, to_load: list[Wanted]) -> Action | None:
+        """The action on a model that is served; those that are not go to `to_load` or wait."""
+        model_id = wanted.spec.model_id
+        views = self._by_id.get(model_id, [])
+        if any(v.owner is Owner.API for v in views):
+            message = "a model of this id was loaded through the Python API"
+            return self._wait(model_id, "OwnedByApi", message)
+        if (state := self._operation_on(model_id)) is not None:
+            names = {State.LOADING: "Loading", State.UNLOADING: "Unloading"}
+            return self._wait(model_id, names[state], "an operation on it is under way")
+        serving = next((v for v in views if v.state is State.READY), None)
+        if serving is None:
+            self._consider_load(wanted, to_load)
+            return None
+        if not wanted.weights_ready:
+            return self._wait(model_id, "WeightsNotReady", wanted.weights_problem)
+        if serving.spec.version != wanted.spec.version:
+            return self._update(wanted, serving)
+        if serving.spec.spec_hash != wanted.spec.spec_hash:
+            return Action(
+                Verb.ADJUST,
+                model_id,
+                describe_changes(serving.spec, wanted.spec),
+                spec=wanted.spec,
+                key=serving.key,
+                source=wanted.source,
+            )
+        return self._park_if_idle(serving)
+
+    def _park_if_idle(self, serving: InstanceView) -> Action | None:
+        config = serving.spec.config
+        if config.keep_alive_s is None or config.pinned or serving.leases:
+            return None
+        idle_at = serving.last_used_s + config.keep_alive_s
+        if self._observed.now_s < idle_at:
+            message = f"unloaded when idle for keep_alive_s = {config.keep_alive_s:g} s"
+            return self._wait(serving.model_id, "KeepAlive", message, idle_at)
+        self._mark_freeing((serving.key,))
+        return Action(
+            Verb.EVICT,
+            serving.model_id,
+            f"idle for {config.keep_alive_s:g} s",
+            key=serving.key,
+            device=serving.device,
+            mb=serving.reserved_mb,
+            reason="Idle",
+        )
+
+    def _consider_load(self, wanted: Wanted, to_load: list[Wanted]) -> None:
+        model_id = wanted.spec.model_id
+        now = self._observed.now_s
+        attempt = self._observed.attempts.get(model_id)
+        parked_s = self._observed.parked.get(model_id)
+        if not wanted.weights_ready:
+            self._wait(model_id, "WeightsNotReady", wanted.weights_problem)
+        elif parked_s is not None and wanted.demanded_s <= parked_s:
+            self._wait(model_id, "Evicted", "made room for others; the next request brings it back")
+        elif wanted.own_limit_problem is not None:
+            self._wait(model_id, "OverMemoryLimit", wanted.own_limit_problem)
+        elif attempt is None or not attempt.blocks(wanted.spec, now):
+            to_load.append(wanted)
+        else:
+            self._wait(model_id, attempt.reason, attempt.message, attempt.retry_at_s)
+            fallback = self._observed.fallbacks.get(model_id)
+            if fallback is not None and fallback.spec.version != wanted.spec.version:
+                to_load.append(fallback)
+
+    def _update(self, wanted: Wanted, serving: InstanceView) -> Action | None:
+        spec = wanted.spec
+        attempt = self._observed.attempts.get(spec.model_id)
+        if wanted.own_limit_problem is not None:
+            return self._wait(spec.model_id, "OverMemoryLimit", wanted.own_limit_problem)
+        if attempt is not None and attempt.blocks(spec, self._observed.now_s):
+            return self._wait(spec.model_id, attempt.reason, attempt.message, attempt.retry_at_s)
+        setting = spec.config.update
+        request = AdmissionRequest(
+            spec.model_id,
+            wanted.devices,
+            wanted.mb,
+            spec.config.priority,
+            wanted.demanded_s,
+            may_evict=False,
+        )
+        beside = admit(self._ledger, self._residents, request)
+        if setting != "recreate" and isinstance(beside, Admitted):
+            return self._updating(wanted, serving, Mode.SURGE, beside.device)
+        if setting == "surge":
+            message = (
+                beside.message if isinstance(beside, Refused) else "waits for memory to come back"
+            )
+            reason = beside.reason if isinstance(beside, Refused) else "AwaitingMemory"
+            return self._wait(spec.model_id, reason, message)
+        if attempt is not None and attempt.concerns(spec):
+            # Taking the old version away again for what failed once would cost an outage a try.
+            return self._wait(spec.model_id, attempt.reason, attempt.message)
+        instead = admit(self._ledger, self._residents, replace(request, replaces=serving.key))
+        if isinstance(instead, Admitted):
+            return self._updating(wanted, serving, Mode.RECREATE, instead.device)
+        if isinstance(instead, Refused):
+            return self._wait(spec.model_id, instead.reason, instead.message)
+        return self._wait(spec.model_id, "AwaitingMemory", "waits for memory to come back")
+
+    def _updating(self, wanted: Wanted, serving: InstanceView, mode: Mode, device: str) -> Action:
+        spec = wanted.spec
+        self._mark_freeing((serving.key,))
+        self._ledger = self._ledger.promise(f"{spec.model_id} (planned)", device, wanted.mb)
+        return Action(
+            Verb.UPDATE,
+            spec.model_id,
+            describe_changes(serving.spec, spec),
+            spec=spec,
+            key=serving.key,
+            device=device,
+            mb=wanted.mb,
+            mode=mode,
+            reason="SpecChanged" if serving.spec.load_hash != spec.load_hash else "WeightsChanged",
+            source=wanted.source,
+        )
+
+    def _load(self, wanted: Wanted) -> Iterable[Action]:
+        """The load of a model that is not served, after the evictions that it needs."""
+        spec = wanted.spec
+        request = AdmissionRequest(
+            spec.model_id, wanted.devices, wanted.mb, spec.config.priority, wanted.demanded_s
+        )
+        decision = admit(self._ledger, self._residents, request)
+        after: tuple[str, ...] = ()
+        if isinstance(decision, Refused):
+            self._wait(spec.model_id, decision.reason, decision.message)
+            return
+        if isinstance(decision, MakeRoom):
+            for victim in decision.victims:
+                yield Action(
+                    Verb.EVICT,
+                    victim.model_id,
+                    f"makes room for {spec.model_id}",
+                    key=victim.key,
+                    device=victim.device,
+                    mb=victim.mb,
+                    reason="MadeRoom",
+                )
+            self._mark_freeing(v.key for v in decision.victims)
+            after = tuple(sorted(v.model_id for v in decision.victims))
+        elif isinstance(decision, AwaitRoom):
+            after = decision.freeing
+        self._ledger = self._ledger.promise(
+            f"{spec.model_id} (planned)", decision.device, wanted.mb
+        )
+        if after:
+            self._wait(
+                spec.model_id, "AwaitingMemory", f"waits for the memory of {', '.join(after)}"
+            )
+        yield Action(
+            Verb.LOAD,
+            spec.model_id,
+            f"{wanted.mb:,.0f} MB on {decision.device}"
+            if wanted.mb
+            else f"on {decision.device}, its size is known once loaded",
+            spec=spec,
+            device=decision.device,
+            mb=wanted.mb,
+            after=after,
+            source=wanted.source,
+        )
+
+    def _mark_freeing(self, keys: Iterable[str | None]) -> None:
+        """From now on these count as on their way out: nobody evicts them, their memory comes back."""
+        going = frozenset(keys)
+        self._residents = [
+            replace(r, freeing=True, evictable=False) if r.key in going else r
+            for r in self._residents
+        ]
+
+    def _wait(
+        self, model_id: str, reason: str, message: str, until_s: float | None = None
+    ) -> Action | None:
+        """Notes why the model gets no action, and gives that: no action."""
+        self._waiting.append(Waiting(model_id, reason, message, until_s))
+        return None
+
+
+def describe_changes(old: ModelSpec, new: ModelSpec) -> str:
+    """What differs between two specs, for people: `dtype float16 → bfloat16, weights changed`."""
+    parts = [str(change) for change in changes(old.config, new.config)]
+    if old.weights != new.weights:
+        parts.append("weights changed")
+    return ", ".join(parts) or "nothing a person could see"
+
+
+def forecast(
+    ledger: Ledger, actions: Sequence[Action], max_parallel_loads: int
+) -> tuple[DeviceForecast, ...]:
+    """MB on each device as the actions go by.
+
+    Room that an update by surge or an unload gives back is counted back late, after as many further
+    loads as may run beside it: the peak is what can be reached, not what is hoped for.
+    """
+    used = {device: ledger.used_mb(device) for device in ledger.budgets_mb}
+    now, peak = dict(used), dict(used)
+    held: list[tuple[str, float]] = []
+
+    def settle(keep: int) -> None:
+        while len(held) > keep:
+            device, mb = held.pop(0)
+            used[device] = used.get(device, 0.0) - mb
+
+    for action in actions:
+        old = ledger.reservations.get(action.key) if action.key else None
+        if action.mode is Mode.RECREATE and old is not None:
+            used[old.device] = used.get(old.device, 0.0) - old.mb
+            old = None
+        if action.verb in (Verb.LOAD, Verb.UPDATE):
+            settle(0 if action.after else max_parallel_loads - 1)
+            used[action.device] = used.get(action.device, 0.0) + action.mb
+            peak[action.device] = max(peak.get(action.device, 0.0), used[action.device])
+        if old is not None and action.verb is not Verb.ADJUST:
+            held.append((old.device, old.mb))
+    settle(0)
+    return tuple(
+        DeviceForecast(device, now[device], peak[device], used[device], ledger.budgets_mb[device])
+        for device in sorted(ledger.budgets_mb)
+    )

@@ -1,0 +1,156 @@
+"""From a request to the model that answers it: routing, leases, and what a refusal looks like.
+
+    request name ─► router ─► READY instance ─► lease ─► its compute function
+                       │
+                       └ nobody READY: evicted or pending models are asked for, within the deadline;
+                         loading, draining and failed ones answer "try again"; unknown names do not exist
+
+This module is the only place where the manager's errors become refusals of the wire. The tensors, the
+messages and the statuses are `splitlearn_comm`'s.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from splitlearn_comm.core.codec import TensorCodec
+from splitlearn_comm.core.errors import ComputeError, NotReady, UnknownTarget
+from splitlearn_comm.server.backend import Health, Opened, ServiceInfo
+from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.model_manager import Lease, ModelManager
+from splitlearn_manager.errors import ModelNotFound, ModelUnavailable, SplitlearnError
+from splitlearn_manager.reconcile.reconciler import Reconciler
+from splitlearn_manager.reconcile.status import Phase
+from splitlearn_manager.routing.router import ModelRouter
+
+# A request without a deadline would wait for a parked model for ever.
+_LONGEST_WAIT_S = 60.0
+# Leases are refused only in the microseconds between the swap of the table and the next read of it.
+_LEASE_ROUNDS = 1000
+_WAKES_ON_REQUEST = frozenset({Phase.EVICTED, Phase.PENDING})
+
+
+def refusal_of(error: SplitlearnError) -> ComputeError:
+    """What a caller is told of a manager's error."""
+    kind = UnknownTarget if isinstance(error, ModelNotFound) else NotReady
+    return kind(error.message, error.reason)
+
+
+class ManagedBackend:
+    """The node as `splitlearn_comm`'s servicer sees it.
+
+    Args:
+        max_waiters: requests that may wait for parked models at a time; so many threads are lost to
+            others meanwhile, so it must be less than there are.
+        observe: called after each request with model id, status name and seconds.
+    """
+
+    def __init__(
+        self,
+        manager: ModelManager,
+        router: ModelRouter,
+        reconciler: Reconciler,
+        *,
+        version: str,
+        max_waiters: int,
+        observe: Callable[[str, str, float], None],
+    ) -> None:
+        self._manager = manager
+        self._router = router
+        self._reconciler = reconciler
+        self._version = version
+        self._codec = TensorCodec()
+        self._waiters = threading.Semaphore(max_waiters)
+        self._observe = observe
+        self.draining = False
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    @contextmanager
+    def open(
+        self,
+        model_id: str,
+        *,
+        forward_id: str | None = None,
+        remaining_s: float | None = None,
+    ) -> Iterator[Opened]:
+        """Holds a lease on the model that answers. Raises NotReady or UnknownTarget."""
+        if forward_id is not None and not model_id:
+            raise UnknownTarget(f"no model keeps a forward pass {forward_id!r}")
+        try:
+            lease = self._lease(model_id, remaining_s)
+        except SplitlearnError as error:
+            raise refusal_of(error) from None
+        with lease:
+            running = lease.instance.running
+            if running is None:
+                raise NotReady(f"model {lease.instance.model_id!r} is being unloaded")
+            yield Opened(lease.instance.model_id, running.compute_function, self._codec)
+
+    def health(self) -> Health:
+        ready = len(self._manager.table.all)
+        if self.draining:
+            return Health("draining", "the node is shutting down")
+        return Health(message=f"{ready} models ready")
+
+    def service_info(self) -> ServiceInfo:
+        served = self._manager.table.all
+        return ServiceInfo(
+            service_name="splitlearn-manager",
+            device=",".join(sorted({instance.device for instance in served})) or "cpu",
+            custom_info={
+                "models": ",".join(instance.model_id for instance in served),
+                **{f"model.{i.model_id}": f"READY on {i.device}" for i in served},
+            },
+        )
+
+    def observe(self, model_id: str, status: str, duration_s: float) -> None:
+        self._observe(model_id, status, duration_s)
+
+    def _lease(self, name: str, remaining_s: float | None) -> Lease:
+        try:
+            return self._routed(name)
+        except (ModelNotFound, ModelUnavailable):
+            pass
+        self._await_model(self._asleep(name), remaining_s)
+        return self._routed(name)
+
+    def _routed(self, name: str) -> Lease:
+        chosen: ManagedModel | None = None
+        for _ in range(_LEASE_ROUNDS):
+            chosen = self._router.route(name, self._manager.table)
+            if (lease := self._manager.try_lease(chosen)) is not None:
+                return lease
+        raise ModelUnavailable(f"model {name!r} is being replaced; try again")
+
+    def _asleep(self, name: str) -> str:
+        """The id of a model of that name (or endpoint) that a request may wake.
+
+        Raises ModelNotFound or ModelUnavailable if there is none.
+        """
+        phases = self._reconciler.status.phases
+        known = self._reconciler.names.get(name, ())
+        for model_id in known:
+            if phases.get(model_id) in _WAKES_ON_REQUEST:
+                return model_id
+        if known:
+            states = ", ".join(f"{m} is {phases.get(m, 'Pending')}" for m in known)
+            raise ModelUnavailable(f"not ready: {states}; try again")
+        if not name:
+            raise ModelUnavailable("no model is READY; try again")
+        if (instance := self._manager.get_model(name)) is not None:
+            raise ModelUnavailable(f"model {name!r} is {instance.state}; try again")
+        raise ModelNotFound(f"no model or endpoint is called {name!r}")
+
+    def _await_model(self, model_id: str, remaining_s: float | None) -> None:
+        if not self._waiters.acquire(blocking=False):
+            raise ModelUnavailable(f"model {model_id!r} is asked for by many already; try again")
+        try:
+            wait_s = _LONGEST_WAIT_S if remaining_s is None else min(remaining_s, _LONGEST_WAIT_S)
+            self._reconciler.demand(model_id, wait_s)
+        finally:
+            self._waiters.release()

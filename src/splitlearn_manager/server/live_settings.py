@@ -1,0 +1,63 @@
+"""What a changed server.yaml does to a running node.
+
+Keys of `LIVE_KEYS` take effect at once, without touching a model. The others keep the value that the
+node started with, and are named (`RestartRequired`) for as long as the file says otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.config.server_config import LIVE_KEYS, ServerConfig
+from splitlearn_manager.errors import ConfigError
+from splitlearn_manager.logs import log_event
+
+if TYPE_CHECKING:
+    from splitlearn_manager.server.managed_server import ManagedServer
+
+log = logging.getLogger(__name__)
+
+
+class LiveSettings:
+    """Applies server settings to a node; used by the reconcile loop only."""
+
+    def __init__(self, started_with: ServerConfig, server: ManagedServer) -> None:
+        self._started_with = started_with
+        self._current = started_with
+        self._server = server
+        self.restart_required: tuple[str, ...] = ()
+
+    def apply(self, config: ServerConfig) -> None:
+        """Takes over what differs from the settings in force."""
+        if config == self._current:
+            return
+        before, self._current = self._current, config
+        changed = [k for k in ServerConfig.model_fields if getattr(before, k) != getattr(config, k)]
+        for key in sorted(LIVE_KEYS.intersection(changed)):
+            log_event(log, logging.INFO, "SettingChanged", key=key, value=getattr(config, key))
+        self._apply_live(config)
+        waiting = tuple(
+            key
+            for key in ServerConfig.model_fields
+            if key not in LIVE_KEYS and getattr(config, key) != getattr(self._started_with, key)
+        )
+        if waiting != self.restart_required and waiting:
+            message = "these keys apply at the next start"
+            log_event(log, logging.WARNING, "RestartRequired", message, keys=",".join(waiting))
+        self.restart_required = waiting
+
+    def _apply_live(self, config: ServerConfig) -> None:
+        server = self._server
+        logging.getLogger("splitlearn_manager").setLevel(config.log_level)
+        server.resource_manager.configure(config.max_memory_percent, config.memory_quota_mb)
+        server.model_manager.set_limits(config.max_models)
+        server.reconciler.resync_s = config.resync_s
+        server.reconciler.max_parallel_loads = config.max_parallel_loads
+        if (source := server.desired_source) is not None:
+            source.settle_s = config.settle_s
+        try:
+            server.router.set_strategy(config.routing)
+        except ConfigError as error:
+            message = f"{error.message}; {server.router.strategy} stays in use"
+            log_event(log, logging.ERROR, "SettingRefused", message, key="routing")
