@@ -49,9 +49,14 @@ format: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s
 
-stubs: $(READY)
-	$(BIN)/python -m grpc_tools.protoc --proto_path=src --python_out=src --pyi_out=src --grpc_python_out=src \
-		src/splitlearn_comm/protocol/compute.proto
+# From an older compiler than the installed one, in an environment of its own: generated code works with
+# every protobuf runtime that is as new or newer, and pyproject.toml promises 6.31.1.
+stubs:
+	$(PYTHON) -m venv $(VENV)-stubs
+	$(VENV)-stubs/bin/python -m pip install --quiet grpcio-tools==1.76.0 setuptools
+	$(VENV)-stubs/bin/python -m grpc_tools.protoc --proto_path=src --python_out=src --pyi_out=src \
+		--grpc_python_out=src src/splitlearn_comm/protocol/compute.proto
+	rm -rf $(VENV)-stubs
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info

@@ -1,0 +1,49 @@
+"""The caller's end: a client for servers of wire 1.0.
+
+grpc_client   GRPCComputeClient: tensors in, tensors out
+channel       calls: time limit, retries, errors
+retry         when to try again
+statistics    where the time went
+errors        what the caller catches
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from splitlearn_comm._exports import lazy_exports
+
+if TYPE_CHECKING:
+    from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError
+    from splitlearn_comm.client.grpc_client import GRPCComputeClient
+    from splitlearn_comm.client.messages import MonitoringData, ServiceDescription
+    from splitlearn_comm.client.retry import ExponentialBackoff, FixedDelay, RetryStrategy
+    from splitlearn_comm.client.statistics import Statistics, Timing
+
+__all__ = [
+    "ClientClosed",
+    "ExponentialBackoff",
+    "FixedDelay",
+    "GRPCComputeClient",
+    "MonitoringData",
+    "RemoteComputeError",
+    "RetryStrategy",
+    "ServiceDescription",
+    "Statistics",
+    "Timing",
+]
+
+__getattr__, __dir__ = lazy_exports(
+    __name__,
+    {
+        name: f"{__name__}.{module}"
+        for module, names in {
+            "errors": ("ClientClosed", "RemoteComputeError"),
+            "grpc_client": ("GRPCComputeClient",),
+            "messages": ("MonitoringData", "ServiceDescription"),
+            "retry": ("ExponentialBackoff", "FixedDelay", "RetryStrategy"),
+            "statistics": ("Statistics", "Timing"),
+        }.items()
+        for name in names
+    },
+)

@@ -1,0 +1,329 @@
+"""`GRPCComputeClient`: runs tensors through a model on a server of wire 1.0, ours or an older one.
+
+It encodes, calls, decodes and keeps timings. Which model runs is the server's choice unless the caller names
+one. Calls that leave something behind on the server, training forwards and backwards, are made exactly once:
+their answer may be lost after they were carried out, and a step must not be taken twice. All other calls are
+made again as the retry strategy says, within one time limit.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+
+import grpc
+import torch
+
+from splitlearn_comm.client.channel import ComputeChannel
+from splitlearn_comm.client.errors import RemoteComputeError
+from splitlearn_comm.client.messages import (
+    MonitoringData,
+    ServiceDescription,
+    encode_exactly,
+    monitoring_data,
+    service_description,
+)
+from splitlearn_comm.client.retry import ExponentialBackoff, RetryStrategy
+from splitlearn_comm.client.statistics import CallStatistics, Statistics, Timing, timing
+from splitlearn_comm.core.codec import TensorCodec, dtype_name
+from splitlearn_comm.core.compute_function import KeyValues
+from splitlearn_comm.core.messages import decode_cache, encode_cache
+from splitlearn_comm.protocol import compute_pb2
+
+DEFAULT_MAX_MESSAGE_LENGTH = 100 * 1024 * 1024
+_HEALTHY = "ok"
+_log = logging.getLogger(__name__)
+
+
+class GRPCComputeClient:
+    """A client of one server; safe to use from several threads, and as a context manager.
+
+    Args:
+        server_address: `host:port` or `unix:PATH`.
+        timeout: seconds for each call, its retries and the waits between them included.
+        max_message_length: bytes, each way.
+        retry_strategy: three attempts, 1 s and 2 s apart, unless given.
+        codec: how tensors travel; plain float32 unless given. Must be the server's for the model.
+        announce_dtype: tell the server the codec's dtype in each request, so that it need not be configured
+            for it. Only for servers that know this extension, and for the floating-point dtypes.
+        credentials: TLS; plain text without.
+        metadata: sent with every call, `[("authorization", "Bearer …")]` for instance.
+        sleep: waits the seconds it is given, between attempts.
+        clock: gives the time in seconds.
+    """
+
+    def __init__(
+        self,
+        server_address: str,
+        timeout: float = 30.0,
+        max_message_length: int = DEFAULT_MAX_MESSAGE_LENGTH,
+        retry_strategy: RetryStrategy | None = None,
+        codec: TensorCodec | None = None,
+        *,
+        announce_dtype: bool = False,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Sequence[tuple[str, str]] = (),
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.server_address = server_address
+        self.timeout = timeout
+        self._codec = codec or TensorCodec()
+        self._announced = {"dtype": dtype_name(self._codec.dtype)} if announce_dtype else {}
+        self._clock = clock
+        self._statistics = CallStatistics()
+        self._last_load: compute_pb2.MonitoringSnapshot | None = None
+        self._channel = ComputeChannel(
+            server_address,
+            max_message_length,
+            retry_strategy or ExponentialBackoff(),
+            credentials=credentials,
+            metadata=metadata,
+            sleep=sleep,
+            clock=clock,
+        )
+
+    # -- connection -----------------------------------------------------------------------------------
+
+    def connect(self) -> bool:
+        """Ask the server once whether it is healthy, and log its version and uptime.
+
+        Optional, as any call connects. After `close()` it opens the client again.
+
+        Returns:
+            False if the server cannot be reached or is not healthy; the log says which.
+        """
+        self._channel.reopen()
+        health = self._health()
+        if health is None:
+            return False
+        if health.status != _HEALTHY:
+            _log.warning(
+                "server=%s status=%s message=%s", self.server_address, health.status, health.message
+            )
+            return False
+        _log.info(
+            "server=%s connected version=%s uptime_s=%.1f",
+            self.server_address,
+            health.version,
+            health.uptime_seconds,
+        )
+        return True
+
+    def close(self) -> None:
+        """Drop the connection; running calls and streams end. May be called more than once."""
+        self._channel.close()
+
+    def __enter__(self) -> GRPCComputeClient:
+        self.connect()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # -- computing ------------------------------------------------------------------------------------
+
+    def compute(self, tensor: torch.Tensor, model_id: str | None = None) -> torch.Tensor:
+        """Run a model.
+
+        Args:
+            tensor: any device; sent in the codec's dtype, token ids too.
+            model_id: None lets the server choose.
+
+        Returns:
+            A CPU tensor in the codec's dtype.
+
+        Raises:
+            RemoteComputeError: with the gRPC status, after the retries.
+            ValueError: if integers in `tensor` cannot be sent exactly in the codec's dtype.
+        """
+        return self.compute_with_timing(tensor, model_id)[0]
+
+    def compute_with_timing(
+        self, tensor: torch.Tensor, model_id: str | None = None
+    ) -> tuple[torch.Tensor, Timing]:
+        """Run a model; also return where the time went. Otherwise as `compute`."""
+        output, _, spent = self.compute_with_cache(tensor, model_id=model_id)
+        return output, spent
+
+    def compute_with_cache(
+        self,
+        tensor: torch.Tensor,
+        past_key_values: KeyValues | None = None,
+        use_cache: bool = False,
+        model_id: str | None = None,
+        training_mode: bool = False,
+        forward_id: str | None = None,
+    ) -> tuple[torch.Tensor, KeyValues | None, Timing]:
+        """Run a model with its key/value cache, or keep the forward for a backward.
+
+        Args:
+            tensor: as for `compute`.
+            past_key_values: what an earlier call returned as `present`.
+            use_cache: ask for the cache after this call.
+            model_id: None lets the server choose.
+            training_mode: keep the forward on the server for one `compute_backward`. Such a call is never
+                retried.
+            forward_id: the name to keep it under; None lets the server choose, see `timing["forward_id"]`.
+
+        Returns:
+            `(output, present, timing)`; `present` is one (key, value) pair a layer, or None if it was not
+            asked for or the model has no cache.
+        """
+        started_s = self._clock()
+        data, shape = encode_exactly(tensor, self._codec)
+        request = compute_pb2.ComputeRequest(
+            data=data, shape=shape, model_id=model_id or "", metadata=self._announced
+        )
+        if training_mode:
+            request.training_mode = True
+        if forward_id is not None:
+            request.forward_id = forward_id
+        if use_cache:
+            request.use_cache = True
+        request.past_key_values.extend(encode_cache(past_key_values or (), self._codec))
+        response = self._channel.call(
+            "Compute",
+            request,
+            compute_pb2.ComputeResponse,
+            timeout_s=self.timeout,
+            retry=not training_mode,
+        )
+        output = self._codec.decode(response.data, response.shape)
+        present = decode_cache(response.present_key_values, self._codec)
+        self._note_load(response)
+        spent = self._recorded(started_s, response.compute_time_ms)
+        if training_mode and response.HasField("forward_id"):
+            spent["forward_id"] = response.forward_id
+        return output, present, spent
+
+    def compute_backward(
+        self,
+        grad_output: torch.Tensor,
+        forward_id: str,
+        model_id: str | None = None,
+        learning_rate: float | None = None,
+    ) -> torch.Tensor:
+        """Carry a gradient back through a training forward; possible once, and never retried.
+
+        Args:
+            grad_output: d loss / d output, in the output's shape.
+            forward_id: as given to, or by, `compute_with_cache(..., training_mode=True)`.
+            model_id: None lets the server find the model by the forward.
+            learning_rate: also take one step of gradient descent on the server's model.
+
+        Returns:
+            d loss / d input, in the input's shape.
+
+        Raises:
+            RemoteComputeError: NOT_FOUND if the forward was used, dropped or never made.
+        """
+        started_s = self._clock()
+        data, shape = encode_exactly(grad_output, self._codec)
+        request = compute_pb2.BackwardRequest(
+            grad_output_data=data, grad_output_shape=shape, forward_id=forward_id
+        )
+        if model_id is not None:
+            request.model_id = model_id
+        if learning_rate is not None:
+            request.learning_rate = learning_rate
+        response = self._channel.call(
+            "ComputeBackward",
+            request,
+            compute_pb2.BackwardResponse,
+            timeout_s=self.timeout,
+            retry=False,
+        )
+        grad_input = self._codec.decode(response.grad_input_data, response.grad_input_shape)
+        self._note_load(response)
+        self._recorded(started_s, response.backward_time_ms)
+        return grad_input
+
+    def get_statistics(self) -> Statistics:
+        """Return the number of answered calls and their mean times in milliseconds."""
+        return self._statistics.summary()
+
+    # -- the server -----------------------------------------------------------------------------------
+
+    def health_check(self) -> bool:
+        """Ask once; False if the server cannot be reached or is not healthy."""
+        health = self._health()
+        return health is not None and health.status == _HEALTHY
+
+    def get_service_info(self) -> ServiceDescription | None:
+        """Return what the server says of itself, None if it cannot be reached."""
+        try:
+            info = self._channel.call(
+                "GetServiceInfo",
+                compute_pb2.ServiceInfoRequest(),
+                compute_pb2.ServiceInfoResponse,
+                timeout_s=self.timeout,
+                retry=True,
+            )
+        except RemoteComputeError as error:
+            _log.warning("server=%s rpc=GetServiceInfo %s", self.server_address, error)
+            return None
+        return service_description(info)
+
+    def get_server_monitoring_data(self) -> MonitoringData | None:
+        """Return the newest load that came with an answer; without one, ask for it.
+
+        Returns:
+            None if the server cannot be reached.
+        """
+        if self._last_load is not None:
+            return monitoring_data(self._last_load)
+        try:
+            return next(self.stream_monitoring(), None)
+        except RemoteComputeError as error:
+            _log.warning("server=%s rpc=StreamMonitoring %s", self.server_address, error)
+            return None
+
+    def stream_monitoring(self, sampling_interval: float = 1.0) -> Iterator[MonitoringData]:
+        """Yield the server's load until the iterator is closed, the client is, or the server stops.
+
+        Args:
+            sampling_interval: seconds between two; the server keeps it within 0.1 and 5.
+
+        Raises:
+            RemoteComputeError: when the stream breaks.
+        """
+        answers = self._channel.stream(
+            "StreamMonitoring",
+            compute_pb2.MonitoringStreamRequest(sampling_interval=sampling_interval),
+            compute_pb2.MonitoringSnapshotResponse,
+        )
+        for answer in answers:
+            self._last_load = answer.snapshot
+            yield monitoring_data(answer.snapshot)
+
+    def _health(self) -> compute_pb2.HealthResponse | None:
+        try:
+            return self._channel.call(
+                "HealthCheck",
+                compute_pb2.HealthRequest(),
+                compute_pb2.HealthResponse,
+                timeout_s=self.timeout,
+                retry=False,
+            )
+        except RemoteComputeError as error:
+            _log.warning("server=%s rpc=HealthCheck %s", self.server_address, error)
+            return None
+
+    def _note_load(
+        self, response: compute_pb2.ComputeResponse | compute_pb2.BackwardResponse
+    ) -> None:
+        if response.HasField("monitoring_data"):
+            self._last_load = response.monitoring_data
+
+    def _recorded(self, started_s: float, compute_time_ms: float) -> Timing:
+        spent = timing(self._clock() - started_s, compute_time_ms)
+        self._statistics.record(spent)
+        return spent

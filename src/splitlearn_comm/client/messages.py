@@ -1,0 +1,82 @@
+"""Translates between the wire's messages and what a client's caller sees; makes no calls."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+from splitlearn_comm.core.codec import TensorCodec, dtype_name
+from splitlearn_comm.protocol import compute_pb2
+
+
+class ServiceDescription(TypedDict):
+    """What a server says of itself; `uptime_seconds` is None if it does not say."""
+
+    service_name: str
+    version: str
+    device: str
+    uptime_seconds: float | None
+    total_requests: int
+    custom_info: dict[str, str]
+
+
+class MonitoringData(TypedDict):
+    """The load of the server's machine; `timestamp` in Unix seconds, GPU values None where there are none."""
+
+    timestamp: float
+    cpu_percent: float
+    memory_mb: float
+    memory_percent: float
+    gpu_available: bool
+    gpu_utilization: float | None
+    gpu_memory_used_mb: float | None
+    gpu_memory_total_mb: float | None
+
+
+def service_description(info: compute_pb2.ServiceInfoResponse) -> ServiceDescription:
+    """Return the message as the caller sees it."""
+    return ServiceDescription(
+        service_name=info.service_name,
+        version=info.version,
+        device=info.device,
+        uptime_seconds=info.uptime_seconds if info.HasField("uptime_seconds") else None,
+        total_requests=info.total_requests,
+        custom_info=dict(info.custom_info),
+    )
+
+
+def encode_exactly(tensor: torch.Tensor, codec: TensorCodec) -> tuple[bytes, list[int]]:
+    """Encode a tensor whose integers, if it has any, must arrive as they are.
+
+    Raises:
+        ValueError: if integers cannot be held exactly by the codec's dtype.
+        TypeError: as `TensorCodec.encode`.
+    """
+    data, shape = codec.encode(tensor)
+    if not tensor.is_floating_point() and codec.dtype.is_floating_point:
+        sent = tensor.to(codec.dtype)
+        if not torch.equal(sent.to(tensor.dtype), tensor):
+            raise ValueError(
+                f"the tensor has integers that {dtype_name(codec.dtype)}, the dtype on the wire, "
+                "cannot hold exactly"
+            )
+    return data, shape
+
+
+def monitoring_data(load: compute_pb2.MonitoringSnapshot) -> MonitoringData:
+    """Return the message as the caller sees it."""
+
+    def optional(field: str) -> float | None:
+        return float(getattr(load, field)) if load.HasField(field) else None
+
+    return MonitoringData(
+        timestamp=load.timestamp,
+        cpu_percent=load.cpu_percent,
+        memory_mb=load.memory_mb,
+        memory_percent=load.memory_percent,
+        gpu_available=load.gpu_available,
+        gpu_utilization=optional("gpu_utilization"),
+        gpu_memory_used_mb=optional("gpu_memory_used_mb"),
+        gpu_memory_total_mb=optional("gpu_memory_total_mb"),
+    )

@@ -1,0 +1,242 @@
+"""Serves an `nn.Module`: inference, inference with a key/value cache, and training.
+
+The module is put on its device in eval mode and stays in it, for training forwards too: switching to train
+mode would be visible to every other request that runs at the same time.
+
+Forwards run side by side under the read side of a lock; only the moment in which a step puts new
+Parameters in place (see `splitlearn_comm.core.training`) takes the write side, so no forward ever sees some
+of a step. Steps themselves run one at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from splitlearn_comm.core.codec import dtype_name
+from splitlearn_comm.core.compute_function import (
+    Computed,
+    ComputeFunction,
+    KeyValues,
+    as_computed,
+    call_form,
+)
+from splitlearn_comm.core.errors import ComputeFailed, InvalidRequest
+from splitlearn_comm.core.locks import ReadWriteLock
+from splitlearn_comm.core.model_input import input_rule
+from splitlearn_comm.core.training import GraphStore, KeptForward, ParameterSlots, gradients
+
+
+class ModelComputeFunction(ComputeFunction):
+    """An `nn.Module` as a compute function.
+
+    If the module's `forward` takes both `past_key_values` and `use_cache`, it is a model with a cache:
+    it gets both by keyword, and with `use_cache=True` it returns `(output, present_key_values)`.
+
+    Args:
+        model: put on `device` and into eval mode.
+        device: as for `torch.device`.
+        model_name: for `get_info`; the module's class unless given.
+        input_dtype: what requests are converted to; found out from the model unless given, see
+            `splitlearn_comm.core.model_input.input_rule`.
+        input_shape: the shape that requests must fit, -1 marking a free dimension. A shape without
+            a free dimension is an example and checks nothing.
+        max_graphs: training forwards that are kept at most; beyond it the oldest is dropped.
+        graph_ttl_s: age at which a kept training forward is dropped.
+        clock: gives the time in seconds, for `graph_ttl_s`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: str | torch.device = "cpu",
+        model_name: str | None = None,
+        *,
+        input_dtype: torch.dtype | None = None,
+        input_shape: Sequence[int] | None = None,
+        max_graphs: int = 64,
+        graph_ttl_s: float = 600.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.device = torch.device(device)
+        self.model = _in_eval_mode(model.to(self.device))
+        self.model_name = model_name or type(model).__name__
+        free = input_shape is not None and -1 in input_shape
+        self._rule = input_rule(model, input_dtype, input_shape if free else None)
+        form = call_form(model.forward)
+        self._has_cache = {"past_key_values", "use_cache"} <= form.names
+        self._graphs = GraphStore(max_graphs, graph_ttl_s, clock)
+        self._weights = ReadWriteLock()
+        self._step = threading.Lock()
+        self._slots: ParameterSlots | None = None
+
+    @property
+    def input_dtype(self) -> torch.dtype:
+        """The dtype that requests are converted to before the model sees them."""
+        return self._rule.dtype
+
+    def compute(
+        self,
+        input_tensor: torch.Tensor,
+        past_key_values: KeyValues | None = None,
+        use_cache: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
+        """Run the model without autograd.
+
+        Args:
+            input_tensor: any dtype that can be converted to the model's.
+            past_key_values: only for a model with a cache.
+            use_cache: ask for the new cache; a model without one answers with the output alone.
+
+        Raises:
+            InvalidRequest: if the input, or the cache, is none that this model takes.
+            ComputeFailed: if the model does not return a tensor.
+        """
+        self._graphs.drop_expired()
+        if past_key_values is not None and not self._has_cache:
+            raise InvalidRequest(
+                f"past_key_values were sent, but model {self.model_name!r} takes none"
+            )
+        prepared = self._rule.convert(input_tensor, self.device)
+        with torch.inference_mode(), self._weights.read():
+            computed = self._forward(prepared, past_key_values, use_cache)
+        if computed.present is None:
+            return computed.output
+        return computed.output, computed.present
+
+    def forward_for_training(self, input_tensor: torch.Tensor, forward_id: str) -> torch.Tensor:
+        """Run the model and keep the autograd graph for one `backward`.
+
+        Raises:
+            InvalidRequest: if the input does not fit, the model takes integers (which have no gradient),
+                its output cannot be differentiated, or `forward_id` is kept already.
+            ComputeFailed: if the model does not return a tensor.
+        """
+        self._graphs.check_free(forward_id)
+        if self._rule.takes_integers:
+            raise InvalidRequest(
+                f"model {self.model_name!r} takes {dtype_name(self._rule.dtype)}, and there is no "
+                "gradient with respect to integers: training_mode needs a model with float inputs"
+            )
+        leaf = self._rule.convert(input_tensor, self.device).detach().requires_grad_()
+        with torch.enable_grad(), self._weights.read():
+            parameters = self._parameter_slots().current()
+            # A copy, because a model whose first layer works in place may not write into a leaf.
+            output = self._forward(leaf.clone(), None, False).output
+        if not output.requires_grad:
+            raise InvalidRequest(
+                f"the output of model {self.model_name!r} ({dtype_name(output.dtype)}) cannot be "
+                "differentiated, so it has no backward"
+            )
+        self._graphs.keep(forward_id, leaf, output, parameters)
+        return output.detach()
+
+    def backward(
+        self, forward_id: str, grad_output: torch.Tensor, learning_rate: float | None = None
+    ) -> torch.Tensor:
+        """Return d loss / d input of a kept forward, which is forgotten.
+
+        With `learning_rate`, also p ← p - learning_rate · d loss / d p for every Parameter that the output
+        depends on. The gradient is that of the weights the forward ran with; it is applied to the weights
+        as they are now.
+
+        Raises:
+            InvalidRequest: if `grad_output` has not the output's shape, or `learning_rate` (or, with it,
+                the gradient) is not finite. The forward stays kept.
+            UnknownTarget: if no forward is kept under `forward_id`.
+        """
+        _check_step(grad_output, learning_rate)
+
+        def fits(kept: KeptForward) -> None:
+            if grad_output.shape != kept.output.shape:
+                raise InvalidRequest(
+                    f"grad_output has shape {list(grad_output.shape)}; the output of forward "
+                    f"{forward_id!r} has {list(kept.output.shape)}"
+                )
+
+        kept = self._graphs.take(forward_id, fits)
+        grad = grad_output.to(kept.output.device, kept.output.dtype)
+        if learning_rate is None:
+            return gradients(kept, grad, with_parameters=False).grad_input
+        found = gradients(kept, grad, with_parameters=True)
+        slots = self._parameter_slots()
+        with self._step:
+            stepped = slots.stepped(found.grad_parameters, learning_rate)
+            with self._weights.write():
+                slots.replace(stepped)
+        return found.grad_input
+
+    def get_info(self) -> Mapping[str, object]:
+        """Return name, device, parameter count, input dtype and what the model can do."""
+        info: dict[str, object] = {
+            "name": self.model_name,
+            "device": str(self.device),
+            "model_class": type(self.model).__name__,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "input_dtype": dtype_name(self._rule.dtype),
+            "key_value_cache": self._has_cache,
+            "kept_forwards": len(self._graphs),
+        }
+        if self._rule.vocabulary is not None:
+            info["vocabulary"] = self._rule.vocabulary
+        if self._rule.shape is not None:
+            info["input_shape"] = list(self._rule.shape)
+        return info
+
+    def teardown(self) -> None:
+        """Drop all kept forwards."""
+        self._graphs.clear()
+
+    def _forward(
+        self, prepared: torch.Tensor, past_key_values: KeyValues | None, use_cache: bool
+    ) -> Computed:
+        if self._has_cache:
+            past = None if past_key_values is None else self._on_device(past_key_values)
+            returned = self.model(prepared, past_key_values=past, use_cache=use_cache)
+            return as_computed(returned, keep_present=use_cache)
+        returned = self.model(prepared)
+        if not isinstance(returned, torch.Tensor):
+            raise ComputeFailed(
+                f"model {self.model_name!r} returned a {type(returned).__name__}; expected a tensor"
+            )
+        return Computed(returned)
+
+    def _on_device(self, past_key_values: KeyValues) -> KeyValues:
+        # The cache is the model's own, so it comes back in the dtype of the model's floating-point weights.
+        floats = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtype = next(floats, torch.float32)
+        return tuple(
+            (key.to(self.device, dtype), value.to(self.device, dtype))
+            for key, value in past_key_values
+        )
+
+    def _parameter_slots(self) -> ParameterSlots:
+        # Made on first use: most models never train, and finding the slots walks the whole module.
+        if self._slots is None:
+            self._slots = ParameterSlots(self.model)
+        return self._slots
+
+
+def _in_eval_mode(model: nn.Module) -> nn.Module:
+    try:
+        return model.eval()
+    except NotImplementedError:
+        # The module of an exported program: its mode was fixed when it was exported.
+        return model
+
+
+def _check_step(grad_output: torch.Tensor, learning_rate: float | None) -> None:
+    if learning_rate is None:
+        return
+    if not math.isfinite(learning_rate) or learning_rate < 0:
+        raise InvalidRequest(f"learning_rate: expected a finite number ≥ 0, got {learning_rate}")
+    if not bool(grad_output.isfinite().all()):
+        # Every later request of every caller would be answered with NaN.
+        raise InvalidRequest(
+            "grad_output has NaN or infinite values, and learning_rate asks to add them to the weights"
+        )

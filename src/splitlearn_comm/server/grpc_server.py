@@ -1,0 +1,286 @@
+"""Puts a `ComputeServicer` on the network, with room for further services on the same port.
+
+Three kinds of calls get threads of their own, so that none starves another:
+
+    compute   Compute, ComputeBackward                    max_workers threads, max_waiting calls queue
+    streams   StreamMonitoring                            max_streams threads, nothing queues
+    control   HealthCheck, GetServiceInfo, and whatever else is registered on the server
+
+A call that finds its kind full is refused at once with RESOURCE_EXHAUSTED, before its message is read; gRPC
+itself refuses calls beyond all bounds together. This module never looks into a message.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from splitlearn_comm.core.errors import ServerStartError
+from splitlearn_comm.protocol import compute_pb2
+from splitlearn_comm.server.servicer import ComputeServicer
+
+SERVICE = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"].full_name
+DEFAULT_MAX_MESSAGE_LENGTH = 100 * 1024 * 1024
+DEFAULT_MAX_WAITING = 1024
+DEFAULT_MAX_STREAMS = 16
+_CONTROL_WORKERS = 4
+_CONTROL_WAITING = 256
+# Refusals take no time, so a few may be under way beyond all the other bounds.
+_REFUSALS_WAITING = 64
+# Once all calls have ended for their callers, handlers only have to return.
+_LAST_HANDLERS_S = 1.0
+
+Interceptor: TypeAlias = "grpc.ServerInterceptor[Message, Message]"
+Handler: TypeAlias = "grpc.RpcMethodHandler[Message, Message]"
+if TYPE_CHECKING:
+    # Generic for the type checker only.
+    GenericHandler: TypeAlias = grpc.GenericRpcHandler[Message, Message]
+else:
+    GenericHandler = grpc.GenericRpcHandler
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class BoundedPool(ThreadPoolExecutor):
+    """A thread pool that knows how much work it has, running and waiting.
+
+    Args:
+        name: of its threads.
+        max_workers: threads.
+        max_waiting: pieces of work beyond those that run, after which `full` is true. The pool does not
+            refuse anything itself.
+    """
+
+    def __init__(self, name: str, max_workers: int, max_waiting: int) -> None:
+        super().__init__(max_workers, thread_name_prefix=name)
+        self.limit = max_workers + max_waiting
+        self._changed = threading.Condition()
+        self._outstanding = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether there is as much work as there may be."""
+        with self._changed:
+            return self._outstanding >= self.limit
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Queue a piece of work, full or not."""
+        with self._changed:
+            self._outstanding += 1
+        future = super().submit(fn, *args, **kwargs)
+        future.add_done_callback(self._done)
+        return future
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Wait until nothing runs or waits; False if that takes longer than `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._outstanding, timeout_s)
+
+    def _done(self, _: Future[T]) -> None:
+        with self._changed:
+            self._outstanding -= 1
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _OnPool:
+    """A handler that gRPC runs on a pool of its own: it looks for this attribute."""
+
+    handle: Callable[..., object]
+    experimental_thread_pool: ThreadPoolExecutor
+
+    def __call__(self, request: object, context: grpc.ServicerContext) -> object:
+        return self.handle(request, context)
+
+
+@dataclass(frozen=True)
+class _Route:
+    """One rpc: its handler, its pool, and what it is called when that is full."""
+
+    handler: Handler
+    pool: BoundedPool
+    kind: str
+
+
+class _Routes(GenericHandler):
+    """Finds the handler of each call, or the refusal if its pool is full.
+
+    gRPC asks it for every call, one at a time, and submits the call to the pool before it asks again:
+    no call can slip in between the question and the submission.
+    """
+
+    def __init__(self, routes: dict[str, _Route], refusals: BoundedPool) -> None:
+        self._routes = routes
+        self._refusals = refusals
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """Return what answers the call; None if it is not one of this service."""
+        route = self._routes.get(handler_call_details.method)
+        if route is None:
+            return None
+        return self._refusal(route) if route.pool.full else route.handler
+
+    def _refusal(self, route: _Route) -> Handler:
+        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> None:
+            context.abort(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the server has {route.pool.limit} {route.kind} under way, its limit; try again later",
+            )
+
+        # As if the request were a stream, because only then gRPC does not read its message first.
+        return grpc.stream_unary_rpc_method_handler(_OnPool(refuse, self._refusals))
+
+
+class NetworkServer:
+    """A gRPC server that listens and has not started yet; made by `build_server`.
+
+    Attributes:
+        grpc_server: for registering further services and handlers before `start`.
+        port: the TCP port that it listens on.
+    """
+
+    def __init__(
+        self,
+        grpc_server: grpc.Server,
+        port: int,
+        servicer: ComputeServicer,
+        pools: Sequence[BoundedPool],
+    ) -> None:
+        self.grpc_server = grpc_server
+        self.port = port
+        self._servicer = servicer
+        self._pools = tuple(pools)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self.grpc_server.start()
+
+    def stop(self, grace_s: float = 5.0) -> bool:
+        """Refuse new calls, end streams, wait for running calls, cancel what is left.
+
+        May be called more than once and from any thread.
+
+        Args:
+            grace_s: seconds that running calls get to finish.
+
+        Returns:
+            Whether all handlers have ended. False: a model still runs, whose caller was told.
+        """
+        self._servicer.end_streams()
+        self.grpc_server.stop(grace_s).wait()
+        idle = True
+        for pool in self._pools:
+            idle = pool.wait_idle(_LAST_HANDLERS_S) and idle
+            pool.shutdown(wait=False)
+        return idle
+
+    def wait_for_termination(self, timeout_s: float | None = None) -> bool:
+        """Wait until the server has stopped; True if `timeout_s` passed first."""
+        return bool(self.grpc_server.wait_for_termination(timeout_s))
+
+
+def build_server(
+    servicer: ComputeServicer,
+    address: str,
+    *,
+    max_workers: int = 10,
+    max_waiting: int = DEFAULT_MAX_WAITING,
+    max_streams: int = DEFAULT_MAX_STREAMS,
+    max_message_length: int = DEFAULT_MAX_MESSAGE_LENGTH,
+    credentials: grpc.ServerCredentials | None = None,
+    interceptors: Sequence[Interceptor] = (),
+) -> NetworkServer:
+    """Bind a server to `address` and register the compute service on it.
+
+    Handlers registered besides run on the control pool. An interceptor must return the handler it was given,
+    unchanged, for the calls it lets pass: a wrapped one loses its pool.
+
+    Args:
+        servicer: answers the compute service.
+        address: `host:port` (port 0 picks a free one) or `unix:PATH`.
+        max_workers: Compute and ComputeBackward calls that run at once.
+        max_waiting: such calls that may wait beyond those.
+        max_streams: monitoring streams at once.
+        max_message_length: bytes, each way.
+        credentials: TLS; plain text without.
+        interceptors: as for `grpc.server`.
+
+    Raises:
+        ServerStartError: if the address cannot be listened on.
+    """
+    compute = BoundedPool("compute", max_workers, max_waiting)
+    streams = BoundedPool("monitoring-stream", max_streams, 0)
+    control = BoundedPool("control", _CONTROL_WORKERS, _CONTROL_WAITING)
+    refusals = BoundedPool("refusal", 1, _REFUSALS_WAITING)
+    pools = (compute, streams, control, refusals)
+    server = grpc.server(
+        control,
+        interceptors=list(interceptors),
+        maximum_concurrent_rpcs=sum(pool.limit for pool in pools),
+        options=(
+            ("grpc.max_receive_message_length", max_message_length),
+            ("grpc.max_send_message_length", max_message_length),
+            # Without this, a second server on the same port starts and takes half of the requests.
+            ("grpc.so_reuseport", 0),
+        ),
+    )
+    server.add_generic_rpc_handlers(
+        (_Routes(_routes(servicer, compute, streams, control), refusals),)
+    )
+    try:
+        port = (
+            server.add_insecure_port(address)
+            if credentials is None
+            else server.add_secure_port(address, credentials)
+        )
+    except RuntimeError as error:
+        for pool in pools:
+            pool.shutdown(wait=False)
+        raise ServerStartError(
+            f"cannot listen on {address}: the port is taken, or the address is not one of this machine"
+        ) from error
+    return NetworkServer(server, port, servicer, pools)
+
+
+def join_address(host: str, port: int) -> str:
+    """Return `host:port`, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def _routes(
+    servicer: ComputeServicer, compute: BoundedPool, streams: BoundedPool, control: BoundedPool
+) -> dict[str, _Route]:
+    def unary(handle: Callable[..., Message], request: type[Message], pool: BoundedPool) -> Handler:
+        return grpc.unary_unary_rpc_method_handler(
+            _OnPool(handle, pool),
+            request_deserializer=request.FromString,
+            response_serializer=_serialized,
+        )
+
+    stream = grpc.unary_stream_rpc_method_handler(
+        _OnPool(servicer.StreamMonitoring, streams),
+        request_deserializer=compute_pb2.MonitoringStreamRequest.FromString,
+        response_serializer=_serialized,
+    )
+    forward = unary(servicer.Compute, compute_pb2.ComputeRequest, compute)
+    backward = unary(servicer.ComputeBackward, compute_pb2.BackwardRequest, compute)
+    health = unary(servicer.HealthCheck, compute_pb2.HealthRequest, control)
+    info = unary(servicer.GetServiceInfo, compute_pb2.ServiceInfoRequest, control)
+    return {
+        f"/{SERVICE}/Compute": _Route(forward, compute, "compute calls"),
+        f"/{SERVICE}/ComputeBackward": _Route(backward, compute, "compute calls"),
+        f"/{SERVICE}/HealthCheck": _Route(health, control, "control calls"),
+        f"/{SERVICE}/GetServiceInfo": _Route(info, control, "control calls"),
+        f"/{SERVICE}/StreamMonitoring": _Route(stream, streams, "monitoring streams"),
+    }
+
+
+def _serialized(message: Message) -> bytes:
+    return message.SerializeToString()
