@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from splitlearn_manager.core.eviction import AdmissionRequest, Admitted, MakeRoom
+from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.lifecycle import EDGES, ModelSpec, Owner, State
 from splitlearn_manager.core.managed_model import ManagedModel
-from splitlearn_manager.core.model_manager import Lease
 from splitlearn_manager.errors import (
     ModelNotFound,
     ModelUnavailable,

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitlearn_manager.core.lifecycle import Owner, State
-from splitlearn_manager.reconcile.plan import Plan, Verb, plan
+from splitlearn_manager.reconcile.actions import Plan, Verb
+from splitlearn_manager.reconcile.plan import plan
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from support.fakes import Bench, FakeSource, broken, model
 
@@ -105,7 +106,7 @@ def play(loop: Loop, history: Sequence[tuple[object, ...]]) -> None:
                 loop.loop.turn()
                 bench.executor.run_all()
         elif kind == "demand":
-            loop.loop._demands[str(rest[0])] = bench.clock.now()
+            loop.loop._memory.ask_for(str(rest[0]))
         ledger = bench.manager.snapshot().ledger
         assert ledger.used_mb("cpu") <= 100.0
         assert len(ledger.reservations) <= ledger.max_models
@@ -197,8 +198,7 @@ def test_a_dry_run_starts_nothing_and_says_what_is_then_done(
     loop.loop.turn()
     loop.bench.executor.run_all()
     before = (len(loop.bench.runtime.started), loop.bench.manager.snapshot().instances)
-    loop.loop._absorb_outcomes(loop.bench.manager.snapshot())
-    loop.loop._absorb_events(loop.loop._wanted_of(loop.source.look(0.0)))
+    loop.loop._memory.learn(loop.bench.manager.snapshot())
     previewed = loop.preview()
     assert (len(loop.bench.runtime.started), loop.bench.manager.snapshot().instances) == before
     assert not loop.bench.executor.waiting

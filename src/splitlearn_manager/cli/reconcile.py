@@ -31,7 +31,8 @@ from splitlearn_manager.logs import LogFormat, configure
 
 if TYPE_CHECKING:
     from splitlearn_manager.desired.state import DesiredState
-    from splitlearn_manager.reconcile.plan import Plan
+    from splitlearn_manager.reconcile.actions import Plan
+    from splitlearn_manager.reconcile.observation import Observation
 
 _ERROR = 2
 
@@ -136,9 +137,13 @@ def once(
 def show_plan(
     directory: Directory, server_config: ServerFile = None, output: Format = Output.TABLE
 ) -> None:
-    """Show what would be done, and do nothing. Exit code 0: nothing, 1: changes, 2: error."""
+    """Show what would be done, and do nothing. Exit code 0: nothing, 1: changes, 2: error.
+
+    Where a node serves the directory, it is asked what runs; otherwise the plan is that of a first start.
+    """
     check_directory(directory)
-    desired, made = _preview(directory, server_settings(directory, server_config))
+    node = _running_node(directory)
+    desired, made = _preview(directory, server_settings(directory, server_config), node)
     if output is Output.TABLE:
         out = console()
         for line in plan_lines(made, desired):
@@ -185,7 +190,23 @@ def schema(
     print_data(model_schema() if of is SchemaOf.MODEL else server_schema(), Output.JSON)
 
 
-def _preview(directory: Path, settings: ServerConfig) -> tuple[DesiredState, Plan]:
+def _running_node(directory: Path) -> Observation | None:
+    """What the node that serves the directory says of itself; None if there is none."""
+    from splitlearn_manager.reconcile.observation import from_json
+    from splitlearn_manager.server.control import NodeNotRunning, ask
+    from splitlearn_manager.server.state_dir import socket_of, state_dir_for
+
+    try:
+        return from_json(ask(socket_of(state_dir_for(directory)), "observe"))
+    except NodeNotRunning:
+        return None
+    except (OSError, ValueError) as error:
+        fail(f"the node that serves {directory} does not answer: {error}")
+
+
+def _preview(
+    directory: Path, settings: ServerConfig, node: Observation | None = None
+) -> tuple[DesiredState, Plan]:
     from splitlearn_manager.core.clock import SystemClock
     from splitlearn_manager.core.model_manager import ModelManager
     from splitlearn_manager.core.resource_manager import ResourceManager
@@ -200,4 +221,4 @@ def _preview(directory: Path, settings: ServerConfig) -> tuple[DesiredState, Pla
     loop = Reconciler(
         source, manager, SystemClock(), max_parallel_loads=settings.max_parallel_loads
     )
-    return loop.preview(settings.settle_s)
+    return loop.preview(settings.settle_s, node)

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from splitlearn_manager.config.yaml_source import Problem
 from splitlearn_manager.desired.state import DesiredState
-from splitlearn_manager.reconcile.plan import Action, DeviceForecast, Mode, Plan, Verb
+from splitlearn_manager.reconcile.actions import Action, DeviceForecast, Mode, Plan, Verb
 
 
 class Output(StrEnum):
@@ -183,8 +183,9 @@ def status_lines(statuses: Sequence[Mapping[str, object]]) -> list[Text]:
             (
                 str(status["model_id"]),
                 Text(phase, style=style),
-                where or why,
+                where,
                 f"from {status['source']}",
+                why,
             )
         )
     return columns(rows)

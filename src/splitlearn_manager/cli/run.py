@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
@@ -14,13 +13,8 @@ from types import FrameType
 from splitlearn_manager.cli.render import console, status_lines
 from splitlearn_manager.config.server_config import ServerConfig
 from splitlearn_manager.desired.state import DesiredState
-from splitlearn_manager.logs import log_event
 from splitlearn_manager.reconcile.reconciler import Turn
 from splitlearn_manager.server.managed_server import ManagedServer
-
-log = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 
 
 def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
@@ -31,9 +25,6 @@ def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
 
     Raises ServerError if it cannot start.
     """
-    if not settings.host.startswith(_LOOPBACK):
-        message = "other machines reach it, without TLS or a token"
-        log_event(log, logging.WARNING, "OpenToOthers", message, host=settings.host)
     server = ManagedServer(settings, directory=directory, live_settings=live)
     stop = _stop_on_signals()
     server.start()

@@ -83,6 +83,27 @@ class ManagedModel:
     def idle(self) -> bool:
         return self._leases == 0
 
+    def describe(self, reserved_mb: float) -> dict[str, object]:
+        """What is known of it, for people and programs."""
+        answered = self.requests
+        return {
+            "model_id": self.model_id,
+            "state": str(self.state),
+            "owner": str(self.owner),
+            "device": self.device,
+            "generation": self.spec.generation,
+            "model_path": self.config.model_path,
+            "endpoint": self.config.effective_endpoint,
+            "memory_mb": self.measured_mb,
+            "reserved_mb": reserved_mb,
+            "in_flight": self.in_flight,
+            "request_count": answered,
+            "error_count": self.errors,
+            "avg_request_ms": self.busy_s / answered * 1000.0 if answered else 0.0,
+            "warmed": bool(self.running and self.running.warmed),
+            "notes": list(self.running.notes) if self.running else [],
+        }
+
     # Leases.
 
     def open_for_leases(self) -> None:

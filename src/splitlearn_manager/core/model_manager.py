@@ -19,94 +19,44 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.clock import Clock, Executor, SystemClock, ThreadExecutor
+from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.eviction import AdmissionRequest, Admitted, AwaitRoom, MakeRoom
+from splitlearn_manager.core.instance_work import InstanceWork
 from splitlearn_manager.core.instances import Instances, Successor
-from splitlearn_manager.core.ledger import Ledger, LedgerError
+from splitlearn_manager.core.lease import Lease
+from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.model_files import ModelFiles
+from splitlearn_manager.core.model_reader import ModelReader, over_own_limit
 from splitlearn_manager.core.resource_manager import ResourceManager, budget_device
 from splitlearn_manager.core.snapshot import Snapshot
 from splitlearn_manager.errors import (
     AdmissionError,
     InsufficientMemory,
     LoadError,
-    LoadTimeout,
     MaxModels,
     ModelNotFound,
     ModelUnavailable,
     OperationInProgress,
     OverMemoryLimit,
     SplitlearnError,
-    WeightsChanged,
 )
-from splitlearn_manager.logs import log_event
 from splitlearn_manager.routing.table import RoutingTable
 
 if TYPE_CHECKING:
-    from splitlearn_manager.runtime.base import RunningModel, Runtime
+    from splitlearn_manager.runtime.base import Runtime
 
 log = logging.getLogger(__name__)
 
 # Between reading the routing table and taking a lease the table may be swapped; the next read sees the
 # new one. More rounds than this mean that the model is switched faster than a request can start.
 _LEASE_ROUNDS = 1000
-
-
-class EventKind(StrEnum):
-    """What happened to an instance."""
-
-    LOADING = "Loading"
-    LOADED = "Loaded"
-    LOAD_FAILED = "LoadFailed"
-    DRAIN_OVERDUE = "DrainOverdue"
-    UNLOADED = "Unloaded"
-    EVICTED = "Evicted"
-
-
-@dataclass(frozen=True, slots=True)
-class ManagerEvent:
-    """Something that happened to an instance; `reason` is stable, `message` is for people."""
-
-    kind: EventKind
-    model_id: str
-    key: str
-    reason: str
-    message: str
-
-
-class Lease:
-    """A request's hold on an instance. Give it back with `release`, or use it in a `with`."""
-
-    __slots__ = ("_closed", "_manager", "instance", "ok", "started_s")
-
-    def __init__(self, manager: ModelManager, instance: ManagedModel, started_s: float) -> None:
-        self._manager = manager
-        self._closed = False
-        self.instance = instance
-        self.started_s = started_s
-        self.ok = True
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            self.ok = False
-        self.release()
-
-    def release(self) -> None:
-        """Gives the instance back. A second call does nothing."""
-        if not self._closed:
-            self._closed = True
-            self._manager._release(self)
 
 
 class ModelManager:
@@ -131,18 +81,17 @@ class ModelManager:
         executor: Executor | None = None,
     ) -> None:
         self.resources = resources or ResourceManager()
-        self._runtime = runtime
-        self._files = files or ModelFiles()
         self._clock = clock or SystemClock()
-        self._executor = executor or ThreadExecutor()
         self._changed = threading.Condition()
         self._change_listeners: list[Callable[[], None]] = []
         self._event_listeners: list[Callable[[ManagerEvent], None]] = []
-        self._measured_mb: dict[str, tuple[tuple[str, str], float]] = {}
-        self._estimated_mb: dict[str, tuple[tuple[str, str], float]] = {}
         self._closing = False
+        self._reader = ModelReader(runtime, files or ModelFiles())
         ledger = Ledger(self.resources.budgets_mb(), max_models)
         self._instances = Instances(ledger, self._clock, self._notify)
+        self._work = InstanceWork(
+            self._instances, self._reader, executor or ThreadExecutor(), self._clock, self._report
+        )
 
     # What others listen to.
 
@@ -170,15 +119,7 @@ class ModelManager:
 
         Raises WeightsNotFound if nothing is at its model_path.
         """
-        version, measured_mb = self._measured_mb.get(spec.model_id, (None, 0.0))
-        if version == spec.version:
-            return measured_mb
-        question = (spec.spec_hash, spec.weights)
-        asked, estimated_mb = self._estimated_mb.get(spec.model_id, (None, 0.0))
-        if asked != question or not spec.weights:
-            estimated_mb = self._files.estimate_mb(spec.config) or 0.0
-            self._estimated_mb[spec.model_id] = (question, estimated_mb)
-        return estimated_mb
+        return self._reader.size_mb(spec)
 
     def devices_for(self, config: ModelConfig) -> tuple[str, ...]:
         """The devices that the config admits, best first: GPUs with the most free budget before the CPU."""
@@ -203,7 +144,7 @@ class ModelManager:
         self._refuse_when_closing()
         instance = self._instances.add(spec, owner, device, mb)
         if instance is not None:
-            self._start_load(instance)
+            self._work.load(instance)
         return instance
 
     def begin_replace(self, spec: ModelSpec, device: str, mb: float) -> bool:
@@ -216,14 +157,14 @@ class ModelManager:
             spec.model_id, "Recreate", successor=Successor(spec, device, mb)
         )
         if instance is not None:
-            self._close_if_drained(instance)
+            self._work.close_if_drained(instance)
         return instance is not None
 
     def begin_unload(self, model_id: str, reason: str, *, key: str | None = None) -> bool:
         """Starts to drain and unload what serves the model; False if nothing (or not `key`) does."""
         instance = self._instances.begin_unload(model_id, reason, key=key)
         if instance is not None:
-            self._close_if_drained(instance)
+            self._work.close_if_drained(instance)
         return instance is not None
 
     def begin_evict(self, model_id: str, key: str, reason: str) -> bool:
@@ -231,8 +172,8 @@ class ModelManager:
         instance = self._instances.begin_unload(model_id, reason, key=key, only_if_idle=True)
         if instance is None:
             return False
-        self._emit(EventKind.EVICTED, instance, reason, f"evicted: {reason}")
-        self._close_if_drained(instance)
+        self._work.report(EventKind.EVICTED, instance, reason, f"evicted: {reason}")
+        self._work.close_if_drained(instance)
         return True
 
     def adjust(self, spec: ModelSpec) -> bool:
@@ -242,8 +183,7 @@ class ModelManager:
     def forget(self, model_id: str) -> None:
         """Drops what is remembered of a model that nobody wants any more."""
         self._instances.forget_outcome(model_id)
-        self._measured_mb.pop(model_id, None)
-        self._estimated_mb.pop(model_id, None)
+        self._reader.forget(model_id)
 
     def set_limits(self, max_models: int) -> None:
         """Applies new limits (the budgets are the resource manager's) to what is loaded from now on."""
@@ -254,26 +194,7 @@ class ModelManager:
 
         Returns the seconds until it should be called again, or None while nothing is under way.
         """
-        now = self._clock.now()
-        due: list[float] = []
-        for instance in self._instances.all():
-            if instance.state is State.LOADING:
-                left = instance.loading_since_s + instance.config.load_timeout_s - now
-                if left > 0:
-                    due.append(left)
-                else:
-                    self._give_up(instance)
-            elif instance.state is State.UNLOADING and not instance.drain_overdue:
-                left = (instance.draining_since_s or now) + instance.config.drain_timeout_s - now
-                if left > 0:
-                    due.append(left)
-                elif self._instances.mark_drain_overdue(instance):
-                    message = (
-                        f"{instance.in_flight} requests still run {instance.config.drain_timeout_s:g} s "
-                        "after draining began; it is unloaded when they end"
-                    )
-                    self._emit(EventKind.DRAIN_OVERDUE, instance, "DrainOverdue", message)
-        return min(due) if due else None
+        return self._work.watch_time_limits()
 
     # Leases.
 
@@ -297,13 +218,13 @@ class ModelManager:
     def try_lease(self, instance: ManagedModel) -> Lease | None:
         """A lease on this instance; None once it drains."""
         now = self._clock.now()
-        return Lease(self, instance, now) if instance.acquire(now) else None
+        return Lease(instance, now, self._release) if instance.acquire(now) else None
 
     def _release(self, lease: Lease) -> None:
         now = self._clock.now()
         instance = lease.instance
         if instance.release(now, duration_s=now - lease.started_s, ok=lease.ok):
-            self._close_if_drained(instance)
+            self._work.close_if_drained(instance)
 
     # The Python API: the same operations, waiting for their end.
 
@@ -353,11 +274,17 @@ class ModelManager:
         """Drains and unloads a model and waits until its memory is back.
 
         Returns True. Raises ModelNotFound if it is not loaded, OperationInProgress if requests still
-        run `drain_timeout_s` later (it is unloaded when they end).
+        run `drain_timeout_s` later (it is unloaded when they end), SplitlearnError (reason
+        `OwnedByDirectory`) if a file declares it.
         """
         instance = self._instances.get(model_id)
         if instance is None or instance.state is State.FAILED:
             raise ModelNotFound(f"no model {model_id!r} is loaded")
+        if instance.owner is Owner.DIRECTORY:
+            raise SplitlearnError(
+                f"model {model_id!r} is declared by a file, and would be loaded again: remove the file",
+                reason="OwnedByDirectory",
+            )
         if not self.begin_unload(model_id, "Requested") and instance.state is not State.UNLOADING:
             raise OperationInProgress(
                 f"model {model_id!r} is {instance.state}; unload it when it serves"
@@ -380,11 +307,14 @@ class ModelManager:
         instance = self._instances.get(model_id)
         if instance is None:
             raise ModelNotFound(f"no model {model_id!r} is loaded")
-        return self._info(instance)
+        return instance.describe(self._instances.reserved_mb(instance))
 
     def list_models(self) -> list[dict[str, object]]:
         """What is known of every instance, oldest first."""
-        return [self._info(instance) for instance in self._instances.all()]
+        return [
+            instance.describe(self._instances.reserved_mb(instance))
+            for instance in self._instances.all()
+        ]
 
     def get_statistics(self) -> dict[str, object]:
         """Counts over all models: loaded, requests, errors, and MB reserved and allowed on each device."""
@@ -475,130 +405,7 @@ class ModelManager:
         outcome = self.snapshot().outcomes.get(model_id)
         return outcome.serial if outcome else 0
 
-    def _start_load(self, instance: ManagedModel) -> None:
-        self._emit(EventKind.LOADING, instance, "Loading", f"loading on {instance.device}")
-        self._executor.start(f"load-{instance.key}", lambda: self._load(instance))
-
-    def _load(self, instance: ManagedModel) -> None:
-        """The work of one load; runs beside everything else."""
-        running: RunningModel | None = None
-        try:
-            spec, running = self._read(instance.spec, _torch_device(instance))
-            self._check_size(spec, running)
-            try:
-                old = self._instances.ready(instance, running, spec)
-            except LedgerError:
-                raise InsufficientMemory(
-                    f"model {instance.model_id!r} turned out to take {running.memory_mb:,.0f} MB, "
-                    f"which does not fit on {instance.device}"
-                ) from None
-        except OperationInProgress:
-            log_event(log, logging.WARNING, "LateLoadDiscarded", model=instance.model_id)
-            self._discard(instance, running)
-        except SplitlearnError as error:
-            self._failed(instance, error)
-            self._discard(instance, running)
-        except BaseException as error:
-            # Whatever a loader raises, SystemExit included, ends this load and nothing else.
-            log.exception("event=LoaderRaised model=%s", instance.model_id)
-            message = f"model {instance.model_id!r}: {type(error).__name__}: {error}"
-            self._failed(instance, LoadError(message))
-            self._discard(instance, running)
-        else:
-            took = self._clock.now() - instance.loading_since_s
-            notes = "".join(f"; {note}" for note in running.notes)
-            message = f"{running.memory_mb:,.0f} MB on {instance.device} in {took:.2f} s{notes}"
-            self._emit(EventKind.LOADED, instance, "Loaded", message)
-            if old is not None:
-                self._close_if_drained(old)
-
-    def _read(self, spec: ModelSpec, device: str) -> tuple[ModelSpec, RunningModel]:
-        """Loads and warms the model, making sure that its files were the same before and after.
-
-        A copy that is still being written, or replaced in the middle, would give a mixed model.
-        """
-        before = self._files.fingerprint(spec.config)
-        if spec.weights and spec.weights != before:
-            raise WeightsChanged(f"model {spec.model_id!r}: its files are still changing")
-        runtime = self._runtime or _thread_runtime()
-        running = runtime.start(spec.config, device)
-        try:
-            changed = self._files.fingerprint(spec.config) != before
-        except LoadError:
-            changed = True
-        if changed:
-            running.close()
-            raise WeightsChanged(f"model {spec.model_id!r}: its files changed while they were read")
-        return ModelSpec(
-            spec.config, spec.spec_hash, spec.load_hash, before, spec.generation
-        ), running
-
-    def _check_size(self, spec: ModelSpec, running: RunningModel) -> None:
-        self._measured_mb[spec.model_id] = (spec.version, running.memory_mb)
-        if (problem := over_own_limit(spec.config, running.memory_mb)) is not None:
-            raise OverMemoryLimit(problem)
-
-    def _give_up(self, instance: ManagedModel) -> None:
-        self._failed(
-            instance,
-            LoadTimeout(
-                f"model {instance.model_id!r} was not loaded within load_timeout_s = "
-                f"{instance.config.load_timeout_s:g} s; its memory stays charged until the loader returns"
-            ),
-        )
-
-    def _failed(self, instance: ManagedModel, error: SplitlearnError) -> None:
-        if self._instances.fail(instance, error):
-            self._emit(EventKind.LOAD_FAILED, instance, error.reason, error.message)
-
-    def _discard(self, instance: ManagedModel, running: RunningModel | None) -> None:
-        """Gives back what a failed or late load holds."""
-        self._instances.abandon(instance)
-        if self._instances.claim_close(instance):
-            self._close(instance, running)
-
-    def _close_if_drained(self, instance: ManagedModel) -> None:
-        if self._instances.claim_close(instance):
-            running = instance.running
-            self._executor.start(f"close-{instance.key}", lambda: self._close(instance, running))
-
-    def _close(self, instance: ManagedModel, running: RunningModel | None) -> None:
-        was_ready = instance.ready_since_s is not None
-        if running is not None:
-            try:
-                running.close()
-            except Exception:
-                log.exception("event=CloseFailed model=%s", instance.model_id)
-        following = self._instances.gone(instance)
-        if was_ready:
-            self._emit(EventKind.UNLOADED, instance, instance.unload_reason, "unloaded")
-        if following is not None:
-            self._start_load(following)
-
-    def _info(self, instance: ManagedModel) -> dict[str, object]:
-        answered = instance.requests
-        return {
-            "model_id": instance.model_id,
-            "state": str(instance.state),
-            "owner": str(instance.owner),
-            "device": instance.device,
-            "generation": instance.spec.generation,
-            "model_path": instance.config.model_path,
-            "endpoint": instance.config.effective_endpoint,
-            "memory_mb": instance.measured_mb,
-            "reserved_mb": self._instances.reserved_mb(instance),
-            "in_flight": instance.in_flight,
-            "request_count": answered,
-            "error_count": instance.errors,
-            "avg_request_ms": instance.busy_s / answered * 1000.0 if answered else 0.0,
-            "warmed": bool(instance.running and instance.running.warmed),
-            "notes": list(instance.running.notes) if instance.running else [],
-        }
-
-    def _emit(self, kind: EventKind, instance: ManagedModel, reason: str, message: str) -> None:
-        event = ManagerEvent(kind, instance.model_id, instance.key, reason, message)
-        level = logging.ERROR if kind is EventKind.LOAD_FAILED else logging.INFO
-        log_event(log, level, kind, message, model=instance.model_id, reason=reason)
+    def _report(self, event: ManagerEvent) -> None:
         for listener in self._event_listeners:
             _tell(partial(listener, event))
 
@@ -632,24 +439,3 @@ def _tell(listener: Callable[[], None]) -> None:
         listener()
     except Exception:
         log.exception("event=ListenerFailed")
-
-
-def over_own_limit(config: ModelConfig, mb: float) -> str | None:
-    """What is wrong if a model of `mb` is larger than its own `max_memory_mb`, else None."""
-    limit = config.max_memory_mb
-    if limit is None or mb <= limit:
-        return None
-    return f"model {config.model_id!r} takes {mb:,.0f} MB, its max_memory_mb is {limit:,}"
-
-
-def _torch_device(instance: ManagedModel) -> str:
-    """Where torch puts it: Apple's GPU shares the CPU's memory, so it is reserved as `cpu`."""
-    return "mps" if instance.config.device == "mps" else instance.device
-
-
-def _thread_runtime() -> Runtime:
-    # Imported with the first load, because it brings torch.
-    from splitlearn_manager.core.model_loader import ModelLoader
-    from splitlearn_manager.runtime.thread import ThreadRuntime
-
-    return ThreadRuntime(ModelLoader())

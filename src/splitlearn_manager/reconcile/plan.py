@@ -18,9 +18,8 @@ Order: adjustments, updates, loads that fit now, unloads, evictions with the loa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from splitlearn_manager.config.model_config import changes
 from splitlearn_manager.core.eviction import (
@@ -34,123 +33,17 @@ from splitlearn_manager.core.eviction import (
 )
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
-from splitlearn_manager.core.snapshot import InstanceView, Snapshot, residents
-from splitlearn_manager.reconcile.backoff import Attempt
-
-
-class Verb(StrEnum):
-    """What an action does."""
-
-    ADJUST = "adjust"
-    UPDATE = "update"
-    LOAD = "load"
-    UNLOAD = "unload"
-    EVICT = "evict"
-
-
-class Mode(StrEnum):
-    """How an update goes: the new version beside the old one, or in its place."""
-
-    SURGE = "surge"
-    RECREATE = "recreate"
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """A model that the directory declares, as planning needs it.
-
-    Attributes:
-        spec: accepted config, settled weights, generation.
-        weights_ready: False while the files behind it are missing or still changing for the first
-            time; `weights_problem` then says so.
-        mb: what a load of it reserves, in MB.
-        devices: where it may go, best first.
-        demanded_s: when its file was accepted, or a request last asked for it, whichever is later.
-        own_limit_problem: set if it is larger than its own max_memory_mb.
-    """
-
-    spec: ModelSpec
-    mb: float
-    devices: tuple[str, ...]
-    demanded_s: float
-    weights_ready: bool = True
-    weights_problem: str = ""
-    own_limit_problem: str | None = None
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class Observed:
-    """What runs, and what is remembered of it.
-
-    Attributes:
-        attempts: failed loads, by model id.
-        parked: when a model was evicted, by id; it comes back when a demand is newer than that.
-        fallbacks: the version that served before an update by recreate failed, by id.
-    """
-
-    snapshot: Snapshot
-    attempts: Mapping[str, Attempt] = field(default_factory=dict)
-    parked: Mapping[str, float] = field(default_factory=dict)
-    fallbacks: Mapping[str, Wanted] = field(default_factory=dict)
-    max_parallel_loads: int = 2
-    now_s: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Action:
-    """One thing to do.
-
-    Attributes:
-        key: the instance that is acted on (not for a load); it is checked again when executed.
-        after: model ids whose memory must be back first; empty if it can start now.
-        detail: what changes, or why, for people.
-    """
-
-    verb: Verb
-    model_id: str
-    detail: str
-    spec: ModelSpec | None = None
-    key: str | None = None
-    device: str = ""
-    mb: float = 0.0
-    mode: Mode | None = None
-    reason: str = ""
-    after: tuple[str, ...] = ()
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Waiting:
-    """Why nothing is done for a model that is not as desired; `until_s` on the manager's clock."""
-
-    model_id: str
-    reason: str
-    message: str
-    until_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceForecast:
-    """MB reserved on a device now, at most on the way, and at the end."""
-
-    device: str
-    now_mb: float
-    peak_mb: float
-    after_mb: float
-    budget_mb: float
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Actions in order, what waits, and the memory it will take."""
-
-    actions: tuple[Action, ...]
-    waiting: tuple[Waiting, ...]
-    forecast: tuple[DeviceForecast, ...]
-
-    def waiting_for(self, model_id: str) -> Waiting | None:
-        return next((w for w in self.waiting if w.model_id == model_id), None)
+from splitlearn_manager.core.snapshot import InstanceView, residents
+from splitlearn_manager.reconcile.actions import (
+    Action,
+    Mode,
+    Observed,
+    Plan,
+    Verb,
+    Waiting,
+    Wanted,
+)
+from splitlearn_manager.reconcile.forecast import forecast
 
 
 def plan(desired: Mapping[str, Wanted], observed: Observed) -> Plan:
@@ -416,38 +309,3 @@ def describe_changes(old: ModelSpec, new: ModelSpec) -> str:
     if old.weights != new.weights:
         parts.append("weights changed")
     return ", ".join(parts) or "nothing a person could see"
-
-
-def forecast(
-    ledger: Ledger, actions: Sequence[Action], max_parallel_loads: int
-) -> tuple[DeviceForecast, ...]:
-    """MB on each device as the actions go by.
-
-    Room that an update by surge or an unload gives back is counted back late, after as many further
-    loads as may run beside it: the peak is what can be reached, not what is hoped for.
-    """
-    used = {device: ledger.used_mb(device) for device in ledger.budgets_mb}
-    now, peak = dict(used), dict(used)
-    held: list[tuple[str, float]] = []
-
-    def settle(keep: int) -> None:
-        while len(held) > keep:
-            device, mb = held.pop(0)
-            used[device] = used.get(device, 0.0) - mb
-
-    for action in actions:
-        old = ledger.reservations.get(action.key) if action.key else None
-        if action.mode is Mode.RECREATE and old is not None:
-            used[old.device] = used.get(old.device, 0.0) - old.mb
-            old = None
-        if action.verb in (Verb.LOAD, Verb.UPDATE):
-            settle(0 if action.after else max_parallel_loads - 1)
-            used[action.device] = used.get(action.device, 0.0) + action.mb
-            peak[action.device] = max(peak.get(action.device, 0.0), used[action.device])
-        if old is not None and action.verb is not Verb.ADJUST:
-            held.append((old.device, old.mb))
-    settle(0)
-    return tuple(
-        DeviceForecast(device, now[device], peak[device], used[device], ledger.budgets_mb[device])
-        for device in sorted(ledger.budgets_mb)
-    )

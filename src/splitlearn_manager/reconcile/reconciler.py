@@ -4,8 +4,7 @@ Level-triggered: a turn looks at everything and decides afresh. Events from the 
 manager or a request only end the wait between turns. A turn never blocks on a load, an unload or a
 request: it starts operations and looks at their outcome in a later turn.
 
-What it remembers between turns is small, and all of it may be lost in a crash: failed attempts (for
-the backoff), which models were evicted, and what served before an update by recreate.
+What it remembers between turns is in `memory`.
 """
 
 from __future__ import annotations
@@ -13,32 +12,21 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitlearn_manager.core.clock import Clock
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
-from splitlearn_manager.core.model_manager import (
-    EventKind,
-    ManagerEvent,
-    ModelManager,
-    over_own_limit,
-)
-from splitlearn_manager.core.snapshot import InstanceView, LoadOutcome, Snapshot
+from splitlearn_manager.core.model_manager import ModelManager
+from splitlearn_manager.core.model_reader import over_own_limit
+from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredModel, DesiredState, Source
 from splitlearn_manager.errors import ModelUnavailable, OperationInProgress, SplitlearnError
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.reconcile.backoff import Attempt, after_failure
-from splitlearn_manager.reconcile.plan import (
-    Action,
-    Mode,
-    Observed,
-    Plan,
-    Verb,
-    Wanted,
-    plan,
-)
+from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
+from splitlearn_manager.reconcile.memory import Memory
+from splitlearn_manager.reconcile.observation import Observation
+from splitlearn_manager.reconcile.plan import plan
 from splitlearn_manager.reconcile.status import Facts, Phase, StatusBook
 
 log = logging.getLogger(__name__)
@@ -98,17 +86,12 @@ class Reconciler:
         self._source = source
         self._manager = manager
         self._clock = clock
-        self._draw = draw
         self._on_turn = on_turn or (lambda turn: None)
         self._on_error = on_error or (lambda: None)
         self.status = StatusBook(clock.wall)
-        self._attempts: dict[str, Attempt] = {}
-        self._parked: dict[str, float] = {}
-        self._fallbacks: dict[str, Wanted] = {}
-        self._seen_outcome = 0
+        self._memory = Memory(clock.now, draw)
         self._problems: frozenset[str] = frozenset()
-        self._events: deque[ManagerEvent] = deque()
-        self._demands: dict[str, float] = {}
+        self._latest_wanted: Mapping[str, Wanted] = {}
         self._wake = threading.Condition()
         self._woken = True
         self._stopping = False
@@ -116,7 +99,7 @@ class Reconciler:
         self.converged = False
         self.last_turn_s: float | None = None
         manager.on_change(self.wake)
-        manager.on_event(self._events.append)
+        manager.on_event(self._memory.event)
 
     # Waking and waiting.
 
@@ -160,8 +143,7 @@ class Reconciler:
 
         Raises ModelUnavailable if it does not serve `timeout_s` later, or fails to load.
         """
-        with self._wake:
-            self._demands[model_id] = self._clock.now()
+        self._memory.ask_for(model_id)
         self.wake()
         deadline = self._clock.now() + timeout_s
         with self._wake:
@@ -188,11 +170,14 @@ class Reconciler:
         began_s = self._clock.now()
         tick_s = self._manager.tick()
         snapshot = self._manager.snapshot()
-        self._absorb_outcomes(snapshot)
+        happened = self._memory.learn(snapshot)
         desired = self._source.look(began_s)
         wanted = self._wanted_of(desired)
-        self._absorb_events(wanted)
-        self._forget(wanted, snapshot)
+        for event in happened:
+            self.status.record(event.model_id, event.reason, event.message)
+        known = {*wanted, *(view.model_id for view in snapshot.instances)}
+        for model_id in self._memory.forget_all_but(known):
+            self._manager.forget(model_id)
         made = plan(wanted, self._observed(snapshot))
         executed = tuple(self._execute(made, snapshot))
         self._publish(desired, wanted, snapshot, made)
@@ -206,22 +191,44 @@ class Reconciler:
             self._wake.notify_all()
         return turn
 
-    def preview(self, settle_s: float) -> tuple[DesiredState, Plan]:
+    def preview(
+        self, settle_s: float, node: Observation | None = None
+    ) -> tuple[DesiredState, Plan]:
         """What a turn would do, without doing any of it (dry run).
 
         Two looks stand for two that are `settle_s` apart, so a preview does not wait.
+
+        Args:
+            node: another process's node, to plan for that one; None plans for this manager.
         """
         now = self._clock.now()
         self._source.look(now)
         desired = self._source.look(now + settle_s)
-        return desired, plan(self._wanted_of(desired), self._observed(self._manager.snapshot()))
+        wanted = self._wanted_of(desired)
+        if node is None:
+            return desired, plan(wanted, self._observed(self._manager.snapshot()))
+        return desired, plan({m: _as_known_to(node, w) for m, w in wanted.items()}, node.observed)
+
+    def observe(self) -> Observation:
+        """What planning needs to know of this node, as of the last turn. Any thread may ask."""
+        wanted = self._latest_wanted
+        snapshot = self._manager.snapshot()
+        return Observation(
+            observed=self._observed(snapshot),
+            demands={m: (w.spec.spec_hash, w.demanded_s) for m, w in wanted.items()},
+            sizes_mb={m: (w.spec.spec_hash, w.mb) for m, w in wanted.items() if w.weights_ready},
+            base_dirs={
+                v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
+                for v in snapshot.instances
+            },
+        )
 
     def _observed(self, snapshot: Snapshot) -> Observed:
         return Observed(
             snapshot=snapshot,
-            attempts=dict(self._attempts),
-            parked=dict(self._parked),
-            fallbacks=dict(self._fallbacks),
+            attempts=dict(self._memory.attempts),
+            parked=dict(self._memory.parked),
+            fallbacks=dict(self._memory.fallbacks),
             max_parallel_loads=self.max_parallel_loads,
             now_s=self._clock.now(),
         )
@@ -262,54 +269,12 @@ class Reconciler:
             spec=spec,
             mb=mb,
             devices=self._manager.devices_for(config),
-            demanded_s=max(model.accepted_at, self._demands.get(config.model_id, 0.0)),
+            demanded_s=max(model.accepted_at, self._memory.demands.get(config.model_id, 0.0)),
             weights_ready=ready,
             weights_problem=problem or "its files are still changing",
             own_limit_problem=over_own_limit(config, mb),
             source=model.source.file,
         )
-
-    # What happened since the last turn.
-
-    def _absorb_outcomes(self, snapshot: Snapshot) -> None:
-        fresh = [o for o in snapshot.outcomes.values() if o.serial > self._seen_outcome]
-        for outcome in sorted(fresh, key=lambda o: o.serial):
-            self._seen_outcome = outcome.serial
-            self._absorb(outcome)
-
-    def _absorb(self, outcome: LoadOutcome) -> None:
-        model_id = outcome.model_id
-        fallback = self._fallbacks.get(model_id)
-        is_fallback = fallback is not None and outcome.spec.version == fallback.spec.version
-        if outcome.ok:
-            self._parked.pop(model_id, None)
-            if not is_fallback:
-                self._attempts.pop(model_id, None)
-                self._fallbacks.pop(model_id, None)
-        elif is_fallback:
-            # Its files are gone or broken too: nothing to go back to. The attempt that matters is
-            # that of the wanted version.
-            del self._fallbacks[model_id]
-        else:
-            self._attempts[model_id] = after_failure(
-                self._attempts.get(model_id), outcome, self._draw()
-            )
-
-    def _absorb_events(self, wanted: Mapping[str, Wanted]) -> None:
-        while self._events:
-            event = self._events.popleft()
-            self.status.record(event.model_id, event.reason, event.message)
-            if event.kind is EventKind.EVICTED and event.model_id in wanted:
-                self._parked[event.model_id] = self._clock.now()
-
-    def _forget(self, wanted: Mapping[str, Wanted], snapshot: Snapshot) -> None:
-        """Drops what is remembered of models that no file declares and nothing serves."""
-        present = {v.model_id for v in snapshot.instances}
-        remembered = (self._attempts, self._parked, self._fallbacks, self._demands)
-        for book in remembered:
-            for model_id in [m for m in book if m not in wanted and m not in present]:
-                del book[model_id]
-                self._manager.forget(model_id)
 
     # Acting.
 
@@ -356,7 +321,7 @@ class Reconciler:
         old = next((v for v in snapshot.instances if v.key == action.key), None)
         if old is None or not self._manager.begin_replace(spec, action.device, action.mb):
             return False
-        self._fallbacks[action.model_id] = Wanted(
+        self._memory.fallbacks[action.model_id] = Wanted(
             spec=old.spec,
             mb=old.reserved_mb,
             devices=(old.device,),
@@ -383,8 +348,8 @@ class Reconciler:
                     model_id=model_id,
                     wanted=wanted.get(model_id),
                     views=tuple(views.get(model_id, ())),
-                    attempt=self._attempts.get(model_id),
-                    parked=model_id in self._parked,
+                    attempt=self._memory.attempts.get(model_id),
+                    parked=model_id in self._memory.parked,
                     waiting=made.waiting_for(model_id),
                     held=(desired.models[model_id].held or "") if model_id in wanted else "",
                     source_available=desired.source_available,
@@ -393,6 +358,7 @@ class Reconciler:
             ],
             self._clock.now(),
         )
+        self._latest_wanted = wanted
         self.names = _names(wanted)
 
     def _log_problems(self, desired: DesiredState) -> None:
@@ -405,6 +371,17 @@ class Reconciler:
         for problem in sorted(self._problems - problems):
             log_event(log, logging.INFO, "Resolved", problem)
         self._problems = frozenset(problems)
+
+
+def _as_known_to(node: Observation, wanted: Wanted) -> Wanted:
+    """A wanted model with what a running node knows of that very spec."""
+    model_id, spec_hash = wanted.spec.model_id, wanted.spec.spec_hash
+    mb = node.size_mb(model_id, spec_hash)
+    return replace(
+        wanted,
+        mb=wanted.mb if mb is None else mb,
+        demanded_s=node.demanded_s(model_id, spec_hash, wanted.demanded_s),
+    )
 
 
 def _names(wanted: Mapping[str, Wanted]) -> Mapping[str, tuple[str, ...]]:

@@ -14,8 +14,8 @@ from enum import StrEnum
 
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.snapshot import InstanceView
+from splitlearn_manager.reconcile.actions import Waiting, Wanted
 from splitlearn_manager.reconcile.backoff import Attempt
-from splitlearn_manager.reconcile.plan import Waiting, Wanted
 
 EVENTS_KEPT = 50
 

@@ -18,8 +18,9 @@ from contextlib import contextmanager
 from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.errors import ComputeError, NotReady, UnknownTarget
 from splitlearn_comm.server.backend import Health, Opened, ServiceInfo
+from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
-from splitlearn_manager.core.model_manager import Lease, ModelManager
+from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.errors import ModelNotFound, ModelUnavailable, SplitlearnError
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase

@@ -31,18 +31,22 @@ from splitlearn_manager.logs import log_event
 from splitlearn_manager.monitoring.health import HealthChecker
 from splitlearn_manager.monitoring.http import MonitoringServer
 from splitlearn_manager.monitoring.metrics import MetricsCollector
+from splitlearn_manager.reconcile.observation import to_json
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.compute_service import ManagedBackend
+from splitlearn_manager.server.control import ControlSocket
 from splitlearn_manager.server.health_service import HealthService, enable_reflection
 from splitlearn_manager.server.live_settings import LiveSettings
 from splitlearn_manager.server.observers import MetricsFeed
+from splitlearn_manager.server.state_dir import Claim, socket_of, state_dir_for
 from splitlearn_manager.version import VERSION
 
 log = logging.getLogger(__name__)
 
 # The loop has stopped working if no turn has ended for so many times its longest pause.
 _DEAD_AFTER_RESYNCS = 30
+_LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 
 
 class NothingDeclared:
@@ -116,6 +120,9 @@ class ManagedServer:
         self._http: MonitoringServer | None = None
         self._backend: ManagedBackend | None = None
         self._loop: threading.Thread | None = None
+        self._directory = directory
+        self._claim: Claim | None = None
+        self._control: ControlSocket | None = None
         self._stopped = threading.Event()
 
     # Models, from Python.
@@ -147,21 +154,18 @@ class ManagedServer:
                 raise ServerError("the server has been started already")
             if self._stopped.is_set():
                 raise ServerError("the server was stopped; make a new one")
-            self._network = self._open_grpc()
-            try:
-                self._http = self._open_http()
-            except ServerError:
-                self._network.stop(0.0)
-                self._network = None
-                raise
-            self._network.start()
-            self.port = self._network.port
+            network = self._open()
+            network.start()
+            self.port = network.port
             if self._watcher is not None:
                 self._watcher.start()
             self._loop = threading.Thread(target=self.reconciler.run, name="reconcile", daemon=True)
             self._loop.start()
             self.health_checker.start(self._feed.measure)
         host = self.config.host
+        if not host.startswith(_LOOPBACK):
+            message = "other machines reach this node, without TLS or a token"
+            log_event(log, logging.WARNING, "OpenToOthers", message, host=host)
         http = join_address(host, self.metrics_port) if self._http is not None else "off"
         log_event(log, logging.INFO, "Serving", grpc=join_address(host, self.port), http=http)
 
@@ -183,10 +187,10 @@ class ManagedServer:
                 self._watcher.stop()
             if self._network is not None:
                 self._network.stop(grace)
+                self._network = None
             self.model_manager.shutdown(grace)
             self.health_checker.stop()
-            if self._http is not None:
-                self._http.stop()
+            self._close_ports()
             self._stopped.set()
         log_event(log, logging.INFO, "Stopped")
 
@@ -228,8 +232,10 @@ class ManagedServer:
         return self._watcher.mode if self._watcher is not None else "none"
 
     def loop_alive(self) -> bool:
-        """Whether the reconcile loop runs and its latest turn is recent."""
-        if self._loop is None or not self._loop.is_alive():
+        """Whether the reconcile loop runs and its latest turn is recent; True before `start`."""
+        if self._loop is None:
+            return True
+        if not self._loop.is_alive():
             return False
         last = self.reconciler.last_turn_s
         limit_s = _DEAD_AFTER_RESYNCS * max(1.0, self.reconciler.resync_s)
@@ -258,6 +264,34 @@ class ManagedServer:
             return NothingDeclared(), None
         source = DesiredSource(directory, settle_s=self.config.settle_s)
         return source, Watcher(source.root, wake=lambda: self.reconciler.wake())
+
+    def _open(self) -> NetworkServer:
+        """Takes the state directory and the ports; all of them or none."""
+        try:
+            if self._directory is not None:
+                state_dir = state_dir_for(self._directory)
+                self._claim = Claim(state_dir, str(self._directory))
+                self._control = ControlSocket(
+                    socket_of(state_dir), lambda: to_json(self.reconciler.observe())
+                )
+            network = self._network = self._open_grpc()
+            self._http = self._open_http()
+            return network
+        except ServerError:
+            self._close_ports()
+            raise
+
+    def _close_ports(self) -> None:
+        if self._network is not None:
+            self._network.stop(0.0)
+            self._network = None
+        if self._http is not None:
+            self._http.stop()
+        if self._control is not None:
+            self._control.close()
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _open_grpc(self) -> NetworkServer:
         self._backend = ManagedBackend(

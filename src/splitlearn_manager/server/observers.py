@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from splitlearn_manager.core.clock import Clock
-from splitlearn_manager.core.model_manager import EventKind, ManagerEvent, ModelManager
+from splitlearn_manager.core.events import EventKind, ManagerEvent
+from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.monitoring.metrics import MetricsCollector
 from splitlearn_manager.monitoring.readings import UsageReading
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
@@ -29,6 +30,7 @@ class MetricsFeed:
         self._known: frozenset[str] = frozenset()
         manager.on_event(self._on_event)
         manager.on_change(self._on_change)
+        self._on_change()
         metrics.set_in_flight_source(
             lambda: {i.model_id: i.in_flight for i in manager.table.all},
         )

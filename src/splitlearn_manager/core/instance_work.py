@@ -1,0 +1,158 @@
+"""What is done to instances beside everything else: loading them, giving them up, closing them.
+
+Each piece of work is started through the executor, looks at its instance's state when it ends, and
+hands over to `Instances` for the transition. A load that ends after it was given up is thrown away;
+an instance is closed by exactly one piece of work, after its last lease. Nothing here decides which
+models are wanted or who makes room.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.core.clock import Clock, Executor
+from splitlearn_manager.core.events import EventKind, ManagerEvent
+from splitlearn_manager.core.instances import Instances
+from splitlearn_manager.core.ledger import LedgerError
+from splitlearn_manager.core.lifecycle import State
+from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.model_reader import ModelReader
+from splitlearn_manager.errors import (
+    InsufficientMemory,
+    LoadError,
+    LoadTimeout,
+    OperationInProgress,
+    SplitlearnError,
+)
+from splitlearn_manager.logs import log_event
+
+if TYPE_CHECKING:
+    from splitlearn_manager.runtime.base import RunningModel
+
+log = logging.getLogger(__name__)
+
+
+class InstanceWork:
+    """See the module's text. `on_event` is called outside all locks."""
+
+    def __init__(
+        self,
+        instances: Instances,
+        reader: ModelReader,
+        executor: Executor,
+        clock: Clock,
+        on_event: Callable[[ManagerEvent], None],
+    ) -> None:
+        self._instances = instances
+        self._reader = reader
+        self._executor = executor
+        self._clock = clock
+        self._on_event = on_event
+
+    def watch_time_limits(self) -> float | None:
+        """Gives up loads and reports drains that take too long; seconds until the next is due."""
+        now = self._clock.now()
+        due: list[float] = []
+        for instance in self._instances.all():
+            if instance.state is State.LOADING:
+                left = instance.loading_since_s + instance.config.load_timeout_s - now
+                if left > 0:
+                    due.append(left)
+                else:
+                    self._give_up(instance)
+            elif instance.state is State.UNLOADING and not instance.drain_overdue:
+                left = (instance.draining_since_s or now) + instance.config.drain_timeout_s - now
+                if left > 0:
+                    due.append(left)
+                elif self._instances.mark_drain_overdue(instance):
+                    message = (
+                        f"{instance.in_flight} requests still run {instance.config.drain_timeout_s:g} s "
+                        "after draining began; it is unloaded when they end"
+                    )
+                    self.report(EventKind.DRAIN_OVERDUE, instance, "DrainOverdue", message)
+        return min(due) if due else None
+
+    def report(self, kind: EventKind, instance: ManagedModel, reason: str, message: str) -> None:
+        """Logs what happened and tells the listeners."""
+        now = self._clock.now()
+        event = ManagerEvent(kind, instance.model_id, instance.key, reason, message, now)
+        level = logging.ERROR if kind is EventKind.LOAD_FAILED else logging.INFO
+        log_event(log, level, kind, message, model=instance.model_id, reason=reason)
+        self._on_event(event)
+
+    def load(self, instance: ManagedModel) -> None:
+        """Starts the load of a LOADING instance."""
+        self.report(EventKind.LOADING, instance, "Loading", f"loading on {instance.device}")
+        self._executor.start(f"load-{instance.key}", lambda: self._load(instance))
+
+    def _load(self, instance: ManagedModel) -> None:
+        """The work of one load; runs beside everything else."""
+        running: RunningModel | None = None
+        try:
+            spec, running = self._reader.read(instance.spec, instance.device)
+            try:
+                old = self._instances.ready(instance, running, spec)
+            except LedgerError:
+                raise InsufficientMemory(
+                    f"model {instance.model_id!r} turned out to take {running.memory_mb:,.0f} MB, "
+                    f"which does not fit on {instance.device}"
+                ) from None
+        except OperationInProgress:
+            log_event(log, logging.WARNING, "LateLoadDiscarded", model=instance.model_id)
+            self._discard(instance, running)
+        except SplitlearnError as error:
+            self._failed(instance, error)
+            self._discard(instance, running)
+        except BaseException as error:
+            # Whatever a loader raises, SystemExit included, ends this load and nothing else.
+            log.exception("event=LoaderRaised model=%s", instance.model_id)
+            message = f"model {instance.model_id!r}: {type(error).__name__}: {error}"
+            self._failed(instance, LoadError(message))
+            self._discard(instance, running)
+        else:
+            took = self._clock.now() - instance.loading_since_s
+            notes = "".join(f"; {note}" for note in running.notes)
+            message = f"{running.memory_mb:,.0f} MB on {instance.device} in {took:.2f} s{notes}"
+            self.report(EventKind.LOADED, instance, "Loaded", message)
+            if old is not None:
+                self.close_if_drained(old)
+
+    def _give_up(self, instance: ManagedModel) -> None:
+        self._failed(
+            instance,
+            LoadTimeout(
+                f"model {instance.model_id!r} was not loaded within load_timeout_s = "
+                f"{instance.config.load_timeout_s:g} s; its memory stays charged until the loader returns"
+            ),
+        )
+
+    def _failed(self, instance: ManagedModel, error: SplitlearnError) -> None:
+        if self._instances.fail(instance, error):
+            self.report(EventKind.LOAD_FAILED, instance, error.reason, error.message)
+
+    def _discard(self, instance: ManagedModel, running: RunningModel | None) -> None:
+        """Gives back what a failed or late load holds."""
+        self._instances.abandon(instance)
+        if self._instances.claim_close(instance):
+            self._close(instance, running)
+
+    def close_if_drained(self, instance: ManagedModel) -> None:
+        """Starts the closing of an UNLOADING instance once its last lease is back."""
+        if self._instances.claim_close(instance):
+            running = instance.running
+            self._executor.start(f"close-{instance.key}", lambda: self._close(instance, running))
+
+    def _close(self, instance: ManagedModel, running: RunningModel | None) -> None:
+        was_ready = instance.ready_since_s is not None
+        if running is not None:
+            try:
+                running.close()
+            except Exception:
+                log.exception("event=CloseFailed model=%s", instance.model_id)
+        following = self._instances.gone(instance)
+        if was_ready:
+            self.report(EventKind.UNLOADED, instance, instance.unload_reason, "unloaded")
+        if following is not None:
+            self.load(following)

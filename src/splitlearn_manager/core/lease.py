@@ -1,0 +1,36 @@
+"""A request's hold on an instance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from splitlearn_manager.core.managed_model import ManagedModel
+
+
+class Lease:
+    """A request's hold on an instance. Give it back with `release`, or use it in a `with`."""
+
+    __slots__ = ("_closed", "_give_back", "instance", "ok", "started_s")
+
+    def __init__(
+        self, instance: ManagedModel, started_s: float, give_back: Callable[[Lease], None]
+    ) -> None:
+        self._give_back = give_back
+        self._closed = False
+        self.instance = instance
+        self.started_s = started_s
+        self.ok = True
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.ok = False
+        self.release()
+
+    def release(self) -> None:
+        """Gives the instance back. A second call does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._give_back(self)

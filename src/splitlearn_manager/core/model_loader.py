@@ -1,0 +1,161 @@
+"""`ModelLoader`: from a ModelConfig to a module that takes one tensor and returns one.
+
+It finds out which loader reads the model, has it read, gives the module its one form (`adapters`), converts
+and moves it, and measures it. It does not admit, warm up or serve. Loads run side by side in threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.config.model_source import ModelSource, resolve_source
+from splitlearn_manager.errors import InvalidModel, LoadError, SplitlearnError, WeightsNotFound
+from splitlearn_manager.runtime.base import LoadedModel, nothing_to_release
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from splitlearn_manager.core.loaders.user_code import FactoryCall
+
+__all__ = ["LoadedModel", "ModelLoader", "weights_mb"]
+
+OUT_OF_MEMORY = "OutOfMemory"
+"""Reason of the LoadError for a load that the device has no memory for."""
+
+_MB = 2**20
+
+
+def weights_mb(module: nn.Module) -> float:
+    """Size of a module's parameters and buffers in MB (2**20 bytes); shared memory counts once."""
+    sizes: dict[tuple[str, int], int] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = tensor.untyped_storage()
+        sizes[str(tensor.device), storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values()) / _MB
+
+
+class ModelLoader:
+    """Reads models of all kinds. It keeps nothing between two loads."""
+
+    def load(self, config: ModelConfig, device: str) -> LoadedModel:
+        """The model on `device`, in eval mode, with weights that can be trained.
+
+        Args:
+            device: a concrete one: cpu, cuda:0, mps.
+
+        Raises:
+            WeightsNotFound: nothing is at model_path (yet).
+            LoadError: the files are cut off or damaged (reason `CorruptCheckpoint`), the hub cannot be
+                reached (`HubUnreachable`), there is no memory (`OutOfMemory`), or the user's code raised.
+            InvalidModel: the files hold no model that can be read.
+            UntrustedCheckpoint: loading would run code from the files, and `trusted` is not set.
+        """
+        import torch
+
+        try:
+            # Weights made under inference_mode could never be trained; a caller may be in it.
+            with torch.inference_mode(False), torch.enable_grad():
+                return _load(config, device)
+        except SplitlearnError:
+            raise
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise LoadError(
+                f"there is not enough memory on {device} to load {config.model_path}",
+                reason=OUT_OF_MEMORY,
+            ) from error
+        except Exception as error:
+            lines = str(error).strip().splitlines()
+            raise LoadError(
+                f"loading {config.model_path} failed: {type(error).__name__}: {lines[0] if lines else ''}"
+            ) from error
+
+
+def _load(config: ModelConfig, device: str) -> LoadedModel:
+    from splitlearn_manager.core.loaders.custom import factory_call
+
+    source = resolve_source(config)
+    call = factory_call(source, config, device)
+    match source.loader:
+        case "huggingface":
+            from splitlearn_manager.core.loaders.huggingface import load_huggingface
+
+            module, notes = load_huggingface(_directory(source), config)
+            return _finished(module, device, source.loader, notes)
+        case "pytorch":
+            return _load_pytorch(source, call, config, device)
+        case "custom":
+            return _load_custom(call, config, device)
+
+
+def _load_pytorch(
+    source: ModelSource, call: FactoryCall | None, config: ModelConfig, device: str
+) -> LoadedModel:
+    from splitlearn_manager.core.loaders.pytorch import PytorchFile, load_pytorch
+
+    if source.path is None:
+        raise InvalidModel(
+            f"{config.model_path} names no file; for a repository of the hub leave out model_type"
+        )
+    built = load_pytorch(PytorchFile(source.path, config.trusted, call, device))
+    return _adapted(built.module, config, device, source.loader, built.release)
+
+
+def _load_custom(call: FactoryCall | None, config: ModelConfig, device: str) -> LoadedModel:
+    from splitlearn_manager.core.loaders.user_code import build
+
+    if call is None:
+        raise InvalidModel(f"{config.model_path} names no package.module:function")
+    built = build(call)
+    return _adapted(built.module, config, device, "custom", built.release)
+
+
+def _directory(source: ModelSource) -> Path:
+    """The directory of a Hugging Face model; a repository of the hub is fetched if it must be."""
+    if source.kind == "hub" and source.repo_id is not None:
+        from splitlearn_manager.core.loaders.hub import fetch
+
+        return fetch(source.repo_id, source.revision, source.path)
+    if source.path is None or not source.path.exists():
+        raise WeightsNotFound(f"nothing is at {source.path or source.written}")
+    return source.path
+
+
+def _adapted(
+    module: nn.Module,
+    config: ModelConfig,
+    device: str,
+    loader: str,
+    release: Callable[[], None],
+) -> LoadedModel:
+    """Give a module of any kind its one form."""
+    import torch
+
+    from splitlearn_manager.core.loaders.adapters import CallOptions, adapt
+
+    options = config.config
+    call = CallOptions(options.output, options.max_sequence_length, options.forward_kwargs)
+    try:
+        if options.dtype is not None:
+            module = module.to(getattr(torch, options.dtype))
+        return _finished(adapt(module, call), device, loader, (), release)
+    except BaseException:
+        release()
+        raise
+
+
+def _finished(
+    module: nn.Module,
+    device: str,
+    loader: str,
+    notes: tuple[str, ...],
+    release: Callable[[], None] = nothing_to_release,
+) -> LoadedModel:
+    """Move the module, make its weights trainable, and measure it."""
+    module = module.to(device).eval()
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and parameter.is_leaf:
+            parameter.requires_grad_()
+    return LoadedModel(module, weights_mb(module), loader, notes, release)

@@ -1,0 +1,129 @@
+"""Planning's vocabulary, as values: what is wanted, what runs, what to do, what waits.
+
+Pure data; `plan` makes it, the reconciler carries it out, the command line prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.snapshot import Snapshot
+from splitlearn_manager.reconcile.backoff import Attempt
+
+
+class Verb(StrEnum):
+    """What an action does."""
+
+    ADJUST = "adjust"
+    UPDATE = "update"
+    LOAD = "load"
+    UNLOAD = "unload"
+    EVICT = "evict"
+
+
+class Mode(StrEnum):
+    """How an update goes: the new version beside the old one, or in its place."""
+
+    SURGE = "surge"
+    RECREATE = "recreate"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A model that the directory declares, as planning needs it.
+
+    Attributes:
+        spec: accepted config, settled weights, generation.
+        weights_ready: False while the files behind it are missing or still changing for the first
+            time; `weights_problem` then says so.
+        mb: what a load of it reserves, in MB.
+        devices: where it may go, best first.
+        demanded_s: when its file was accepted, or a request last asked for it, whichever is later.
+        own_limit_problem: set if it is larger than its own max_memory_mb.
+    """
+
+    spec: ModelSpec
+    mb: float
+    devices: tuple[str, ...]
+    demanded_s: float
+    weights_ready: bool = True
+    weights_problem: str = ""
+    own_limit_problem: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What runs, and what is remembered of it.
+
+    Attributes:
+        attempts: failed loads, by model id.
+        parked: when a model was evicted, by id; it comes back when a demand is newer than that.
+        fallbacks: the version that served before an update by recreate failed, by id.
+    """
+
+    snapshot: Snapshot
+    attempts: Mapping[str, Attempt] = field(default_factory=dict)
+    parked: Mapping[str, float] = field(default_factory=dict)
+    fallbacks: Mapping[str, Wanted] = field(default_factory=dict)
+    max_parallel_loads: int = 2
+    now_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One thing to do.
+
+    Attributes:
+        key: the instance that is acted on (not for a load); it is checked again when executed.
+        after: model ids whose memory must be back first; empty if it can start now.
+        detail: what changes, or why, for people.
+    """
+
+    verb: Verb
+    model_id: str
+    detail: str
+    spec: ModelSpec | None = None
+    key: str | None = None
+    device: str = ""
+    mb: float = 0.0
+    mode: Mode | None = None
+    reason: str = ""
+    after: tuple[str, ...] = ()
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """Why nothing is done for a model that is not as desired; `until_s` on the manager's clock."""
+
+    model_id: str
+    reason: str
+    message: str
+    until_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceForecast:
+    """MB reserved on a device now, at most on the way, and at the end."""
+
+    device: str
+    now_mb: float
+    peak_mb: float
+    after_mb: float
+    budget_mb: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Actions in order, what waits, and the memory it will take."""
+
+    actions: tuple[Action, ...]
+    waiting: tuple[Waiting, ...]
+    forecast: tuple[DeviceForecast, ...]
+
+    def waiting_for(self, model_id: str) -> Waiting | None:
+        return next((w for w in self.waiting if w.model_id == model_id), None)
