@@ -2,10 +2,9 @@
 any order, with loaders that fail, hang and lie about sizes; every piece of work is run when the machine
 says so, on a clock of its own.
 
-Each property was seen to fail once, on a bug seeded for that: I9 below with `only_if_idle` ignored in
-`begin_unload`; I10 with `gone` releasing nothing; I11 with `ready` draining the old instance before it
+Each property was seen to fail once, on a bug seeded for that: I10 with `gone` releasing nothing; I11 with `ready` draining the old instance before it
 publishes the new one; I16 with `_refuse_if_occupied` left out of `add`; I19 with pinned models
-evictable; I20 with `claim_close` not asking for `idle`.
+evictable, and with `only_if_idle` ignored in `begin_unload`; I20 with `claim_close` not asking for `idle`.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(model_id=ids)
     def evict_in_use(self, model_id: str) -> None:
-        """I9: an instance that is in use is never evicted, whoever asks."""
+        """I19: an instance that is in use is never evicted, whoever asks."""
         instance = self.manager.get_model(model_id)
         if instance is None or instance.state is not State.READY or instance.idle:
             return

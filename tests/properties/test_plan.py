@@ -228,6 +228,35 @@ def test_nothing_that_is_desired_is_unloaded_but_for_its_update_or_an_eviction(
             assert action.model_id not in loop.source.state.models
 
 
+@given(steps())
+@settings(max_examples=200, deadline=None)
+def test_models_are_loaded_no_more_often_than_something_asked_for_it(
+    history: list[tuple[object, ...]],
+) -> None:
+    """I12: without faults, loads of an id ≤ what was accepted of it + its demands.
+
+    Seen to fail with every model that is served taken for outdated.
+    """
+    loop = Loop()
+    asked: dict[str, int] = {}
+    for step in history:
+        if step[0] in ("fail", "size"):
+            continue
+        if step[0] in ("declare", "weights", "demand"):
+            asked[str(step[1])] = asked.get(str(step[1]), 0) + 1
+        play(loop, [step])
+    loop.settle()
+    for _ in range(10):
+        loop.bench.clock.advance(10.0)
+        loop.loop.turn()
+        loop.bench.executor.run_all()
+    started: dict[str, int] = {}
+    for model_id, _ in loop.bench.runtime.started:
+        started[model_id] = started.get(model_id, 0) + 1
+    for model_id, times in started.items():
+        assert times <= asked[model_id], f"{model_id}: loaded {times}, asked for {asked[model_id]}"
+
+
 @given(steps(), st.sampled_from(IDS))
 @settings(max_examples=200, deadline=None)
 def test_models_of_the_python_api_are_never_touched(
