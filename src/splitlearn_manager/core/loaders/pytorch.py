@@ -1,0 +1,182 @@
+"""Loads PyTorch files, told apart by their content: never by their name.
+
+    module saved whole    its layers are torch.nn's own: rebuilt without running anything (module_builder)
+    state dict            read in torch's mode that runs no code, into the module of `config.factory`
+    safetensors           the same, read by our own reader
+    TorchScript           its source is searched first (torchscript)
+    torch.export          a program: only with `trusted: true`
+
+With `trusted: true` a file is unpickled as torch.save wrote it, whatever code that runs. All reading is into
+memory of our own; nothing is mapped.
+"""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.export.passes import move_to_device_pass
+
+from splitlearn_manager.core.loaders.file_format import FileFormat, corrupt, detect
+from splitlearn_manager.core.loaders.hf_directory import first_line, refused_global
+from splitlearn_manager.core.loaders.module_builder import read_module
+from splitlearn_manager.core.loaders.module_records import MalformedPickle, RefusedGlobals
+from splitlearn_manager.core.loaders.safetensors_reader import read_header, read_tensors
+from splitlearn_manager.core.loaders.state_dict import fill, needs_factory, unwrap
+from splitlearn_manager.core.loaders.torchscript import load_torchscript
+from splitlearn_manager.core.loaders.user_code import Built, FactoryCall
+from splitlearn_manager.errors import InvalidModel, UntrustedCheckpoint
+from splitlearn_manager.runtime.base import nothing_to_release
+
+_TRUST = "write `trusted: true` for this model if you trust its author"
+_MAX_NAMES = 5
+
+
+@dataclass(frozen=True)
+class PytorchFile:
+    """What is to be loaded: the file, whether it may run code, and the factory for a state dict.
+
+    `device` is where the module will be moved to: a program has devices written into it.
+    """
+
+    path: Path
+    trusted: bool
+    factory: FactoryCall | None
+    device: str = "cpu"
+
+
+def load_pytorch(file: PytorchFile) -> Built:
+    """The module of a file; the caller moves it to its device.
+
+    Raises:
+        WeightsNotFound: there is no such file.
+        LoadError: it is cut off or damaged (reason `CorruptCheckpoint`), or the factory raised.
+        InvalidModel: it holds no model that can be read, or weights that do not fit.
+        UntrustedCheckpoint: loading would run code from it, and `trusted` is not set.
+    """
+    match detect(file.path):
+        case FileFormat.SAFETENSORS:
+            return _from_safetensors(file)
+        case FileFormat.TORCHSCRIPT:
+            return _whole(load_torchscript(file.path, trusted=file.trusted))
+        case FileFormat.EXPORTED:
+            return _whole(_load_exported(file))
+        case FileFormat.TORCH_ZIP | FileFormat.TORCH_LEGACY | FileFormat.TORCH_TAR as kind:
+            return _from_torch_save(file, kind)
+
+
+def _whole(module: nn.Module) -> Built:
+    return Built(module, nothing_to_release)
+
+
+def _from_safetensors(file: PytorchFile) -> Built:
+    if file.factory is None:
+        raise needs_factory(file.path)
+    entries = read_header(file.path)
+    names = [entry.name for entry in entries]
+    return fill(file.path, file.factory, names, read_tensors(file.path, entries=entries))
+
+
+def _from_torch_save(file: PytorchFile, kind: FileFormat) -> Built:
+    if file.trusted:
+        loaded = _unpickle(file.path, weights_only=False)
+    elif kind is FileFormat.TORCH_ZIP and _names_layers(file.path):
+        loaded = _read_module(file.path)
+    elif kind is FileFormat.TORCH_TAR:
+        raise _refusal(file.path, ("it is of a format that only plain unpickling can read",))
+    else:
+        loaded = _unpickle(file.path, weights_only=True)
+    if isinstance(loaded, nn.Module):
+        return _whole(loaded)
+    weights = unwrap(file.path, loaded)
+    if file.factory is None:
+        raise needs_factory(file.path)
+    return fill(file.path, file.factory, weights, weights.items())
+
+
+def _names_layers(path: Path) -> bool:
+    """Whether the file's pickle names more than tensors: then it is a module, or something refused."""
+    try:
+        return bool(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except pickle.UnpicklingError as error:
+        raise _refusal(path, (f"its pickle cannot be checked: {first_line(error)}",)) from error
+    except (RuntimeError, ValueError, EOFError, OSError) as error:
+        raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
+
+
+def _read_module(path: Path) -> nn.Module:
+    try:
+        return read_module(path)
+    except RefusedGlobals as error:
+        raise _refusal(path, error.names) from error
+    except MalformedPickle as error:
+        raise InvalidModel(f"{path.name} is no module that can be rebuilt: {error}") from error
+
+
+def _unpickle(path: Path, *, weights_only: bool) -> object:
+    try:
+        loaded: object = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=False)
+    except pickle.UnpicklingError as error:
+        if weights_only:
+            raise _refusal(path, (refused_global(error),)) from error
+        raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
+    except (ImportError, AttributeError) as error:
+        raise InvalidModel(
+            f"{path.name} needs code that is not installed: {type(error).__name__}: {first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
+    return loaded
+
+
+def _refusal(path: Path, names: tuple[str, ...]) -> UntrustedCheckpoint:
+    rest = len(names) - _MAX_NAMES
+    listed = ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
+    return UntrustedCheckpoint(
+        f"{path.name} would run code while it is loaded ({listed}). Either {_TRUST}, or save "
+        "`model.state_dict()` and name the function that builds the module under `config: factory:`"
+    )
+
+
+def _load_exported(file: PytorchFile) -> nn.Module:
+    if not file.trusted:
+        # torch.export.load unpickles example inputs without restriction, evaluates the text of
+        # shape expressions, and looks up by name the functions that the graph calls.
+        raise UntrustedCheckpoint(
+            f"{file.path.name} is a program of torch.export, and loading one can run code that it carries. "
+            f"Either {_TRUST}, or save `model.state_dict()` and name the function that builds the module "
+            "under `config: factory:`"
+        )
+    with file.path.open("rb") as opened:
+        try:
+            program = torch.export.load(opened)
+        except (RuntimeError, ValueError, KeyError, AssertionError) as error:
+            raise InvalidModel(
+                f"{file.path.name}: torch cannot load this program: {first_line(error)}"
+            ) from error
+    if file.device != "cpu":
+        program = move_to_device_pass(program, file.device)
+    return _Program(program.module(), program.example_inputs)
+
+
+class _Program(nn.Module):
+    """A program of torch.export, whose graph has one mode and refuses to be told another."""
+
+    def __init__(
+        self, graph: nn.Module, examples: tuple[tuple[object, ...], object] | None
+    ) -> None:
+        super().__init__()
+        self.graph = graph
+        first = examples[0][0] if examples and examples[0] else None
+        self.example_shapes = (tuple(first.shape),) if isinstance(first, torch.Tensor) else ()
+
+    def forward(self, *args: object, **kwargs: object) -> object:
+        """As the program was exported."""
+        return self.graph(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> _Program:
+        """Nothing changes."""
+        return self

@@ -1,0 +1,93 @@
+"""The seam between deciding that a model runs and running it.
+
+A runtime starts a model from its config and gives back something that answers requests, knows its memory, and
+can be closed. It decides nothing: whether there is room, when to start and when to close is the manager's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from splitlearn_comm.core import ComputeFunction
+    from splitlearn_manager.config.model_config import ModelConfig
+
+
+def nothing_to_release() -> None:
+    """The `release` of a model that keeps nothing outside its module."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What a loader gives.
+
+    Attributes:
+        module: takes one tensor and returns one; in eval mode, on its device. If its `forward` also takes
+            `past_key_values` and `use_cache`, it returns `(tensor, presents)` when asked for a cache.
+        weights_mb: size of its parameters and buffers, each storage counted once, in MB (2**20 bytes).
+        loader: which loader read it.
+        notes: facts for people, a sentence each.
+        release: forgets what the loader keeps beside the module; call it once the module is gone.
+    """
+
+    module: nn.Module
+    weights_mb: float
+    loader: str
+    notes: tuple[str, ...] = ()
+    release: Callable[[], None] = nothing_to_release
+
+
+class Loader(Protocol):
+    """Reads a model from its files."""
+
+    def load(self, config: ModelConfig, device: str) -> LoadedModel:
+        """The model on `device`, which is concrete: cpu, cuda:0, mps.
+
+        Raises:
+            LoadError: or one of its subclasses.
+        """
+        ...
+
+
+class RunningModel(Protocol):
+    """A model that answers requests until it is closed."""
+
+    @property
+    def compute_function(self) -> ComputeFunction:
+        """What answers requests; safe to call from several threads."""
+        ...
+
+    @property
+    def memory_mb(self) -> float:
+        """What it occupies on its device, in MB (2**20 bytes)."""
+        ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts for people, a sentence each."""
+        ...
+
+    @property
+    def warmed(self) -> bool:
+        """Whether it has answered an input before its first request."""
+        ...
+
+    def close(self) -> None:
+        """Give its memory back. Nothing may use it any more; a second call does nothing."""
+        ...
+
+
+class Runtime(Protocol):
+    """Starts models."""
+
+    def start(self, config: ModelConfig, device: str) -> RunningModel:
+        """Load the model on `device` and warm it up.
+
+        Raises:
+            LoadError: or one of its subclasses; nothing of the model is left then.
+        """
+        ...

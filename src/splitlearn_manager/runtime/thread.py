@@ -1,0 +1,117 @@
+"""Runs models inside this process: requests run on the server's own threads.
+
+`start` loads, makes the compute function and warms it up; if any of that fails, nothing is left behind.
+`close` drops every reference to the model and gives its memory back to the system.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+from splitlearn_comm.core import ComputeFunction, ModelComputeFunction
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.errors import ModelUnavailable
+from splitlearn_manager.runtime.base import LoadedModel, Loader
+from splitlearn_manager.runtime.system_memory import give_back, trim_heap
+from splitlearn_manager.runtime.warmup import warm_up
+
+
+class ThreadRuntime:
+    """Starts models in this process.
+
+    Args:
+        loader: reads the models' files.
+    """
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def start(self, config: ModelConfig, device: str) -> RunningInThreads:
+        """Load the model on `device` and warm it up.
+
+        Raises:
+            LoadError: or one of its subclasses; the model's memory has been given back.
+        """
+        try:
+            return self._start(config, device)
+        except BaseException as error:
+            # An error that is remembered, for a status page say, must not keep the weights with it.
+            _forget_locals(error)
+            give_back(device)
+            raise
+
+    def _start(self, config: ModelConfig, device: str) -> RunningInThreads:
+        loaded = self._loader.load(config, device)
+        try:
+            function = _compute_function(loaded, config, device)
+            warmup = warm_up(function, config)
+        except BaseException:
+            loaded.release()
+            raise
+        # What was read and converted on the way is free by now, but not yet the system's.
+        trim_heap()
+        notes = (*loaded.notes, *warmup.notes)
+        return RunningInThreads(loaded, function, device, notes, warmed=warmup.warmed)
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    """Clear the variables of all frames that an error and its causes hold; their lines stay known."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
+def _compute_function(
+    loaded: LoadedModel, config: ModelConfig, device: str
+) -> ModelComputeFunction:
+    import torch
+
+    name = config.config.input_dtype
+    return ModelComputeFunction(
+        loaded.module,
+        device,
+        config.model_id,
+        input_dtype=getattr(torch, name) if name else None,
+        input_shape=config.config.input_shape,
+    )
+
+
+class RunningInThreads:
+    """A model of this process, until `close`."""
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        function: ModelComputeFunction,
+        device: str,
+        notes: tuple[str, ...],
+        *,
+        warmed: bool,
+    ) -> None:
+        self._release = loaded.release
+        self._function: ModelComputeFunction | None = function
+        self._device = device
+        self.memory_mb = loaded.weights_mb
+        self.notes = notes
+        self.warmed = warmed
+
+    @property
+    def compute_function(self) -> ComputeFunction:
+        """What answers requests.
+
+        Raises:
+            ModelUnavailable: after `close`.
+        """
+        if self._function is None:
+            raise ModelUnavailable("the model has been unloaded")
+        return self._function
+
+    def close(self) -> None:
+        """Drop the model and give its memory back; a second call does nothing."""
+        function, self._function = self._function, None
+        if function is None:
+            return
+        function.teardown()
+        del function
+        self._release()
+        give_back(self._device)
