@@ -1,0 +1,108 @@
+"""A directory as a source of desired state: scan, acceptance and weights behind one call.
+
+`look(now)` is what the loop calls each turn; it is level-triggered, so calling it more or less often
+changes when something is accepted, never what. `watch_paths` says what is worth a wake-up: the things
+that lie outside the directory and would change what the next look sees.
+
+It has no threads and no clock, and never raises for what files are or do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from splitlearn_manager.config.files import FileSystem, RealFileSystem
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.config.model_source import fingerprint, resolve_source
+from splitlearn_manager.desired.acceptance import Acceptance
+from splitlearn_manager.desired.scanner import Fingerprint, Scanner
+from splitlearn_manager.desired.state import DesiredModel, DesiredState
+from splitlearn_manager.desired.weights import WeightsState, WeightsWatch
+from splitlearn_manager.errors import SplitlearnError
+
+READ_LIMIT_BYTES = (1 << 20) + 1
+"""One more than a model file may have, so that a longer one is seen to be too long."""
+
+
+class DesiredSource:
+    """Desired state from a directory.
+
+    Args:
+        root: the directory; it need not exist yet.
+        fs: the file system's calls; None for the real ones.
+        settle_s: seconds that two agreeing looks must be apart.
+    """
+
+    def __init__(
+        self, root: str | Path, fs: FileSystem | None = None, settle_s: float = 0.25
+    ) -> None:
+        # Absolute, but not resolved: a root that is a symbolic link is followed anew at each look.
+        self.root = Path(os.path.abspath(root))
+        self._fs = fs if fs is not None else RealFileSystem()
+        self._scanner = Scanner(self.root, self._fs)
+        self._acceptance = Acceptance(settle_s, self.root)
+        self._weights = WeightsWatch(settle_s)
+        self._links: tuple[str, ...] = ()
+        self._configs: tuple[ModelConfig, ...] = ()
+
+    @property
+    def settle_s(self) -> float:
+        """Seconds that two agreeing looks must be apart; takes effect with the next look."""
+        return self._acceptance.settle_s
+
+    @settle_s.setter
+    def settle_s(self, value: float) -> None:
+        self._acceptance.settle_s = value
+        self._weights.settle_s = value
+
+    def look(self, now: float) -> DesiredState:
+        """Look at the directory and the weights.
+
+        Args:
+            now: monotonic seconds, taken before the call and never less than in the last one.
+        """
+        scan = self._scanner.scan()
+        state = self._acceptance.observe(scan, now, self._read, self._stat)
+        configs = {model_id: model.config for model_id, model in state.models.items()}
+        upcoming = self._acceptance.upcoming
+        weights = self._weights.observe(configs, now, self._fingerprint, upcoming)
+        self._links = tuple(os.path.join(self.root, link) for link in scan.links)
+        self._configs = (*configs.values(), *upcoming)
+        return _with_weights(state, weights)
+
+    def watch_paths(self) -> tuple[str, ...]:
+        """Absolute paths beside the root that the last look depended on: links and weights, sorted."""
+        paths = set(self._links)
+        for config in self._configs:
+            try:
+                source = resolve_source(config, self._fs)
+            except SplitlearnError:
+                continue  # nothing to watch; the look itself reports it as the weights' problem
+            for path in (source.path, source.module_file):
+                if path is not None:
+                    paths.add(os.path.abspath(path))
+        return tuple(sorted(paths))
+
+    def _read(self, path: str) -> bytes:
+        return self._fs.read(os.path.join(self.root, path), READ_LIMIT_BYTES)
+
+    def _stat(self, path: str) -> Fingerprint:
+        return self._fs.stat(os.path.join(self.root, path)).fingerprint
+
+    def _fingerprint(self, config: ModelConfig) -> str:
+        return fingerprint(resolve_source(config, self._fs), self._fs)
+
+
+def _with_weights(state: DesiredState, weights: WeightsState) -> DesiredState:
+    models: dict[str, DesiredModel] = {
+        model_id: dataclasses.replace(
+            model,
+            weights=weights.by_id.get(model_id),
+            weights_problem=weights.problems.get(model_id),
+        )
+        for model_id, model in state.models.items()
+    }
+    waits = [w for w in (state.next_check_s, weights.next_check_s) if w is not None]
+    return dataclasses.replace(state, models=models, next_check_s=min(waits, default=None))
