@@ -46,7 +46,9 @@ def main() -> None:
             for version in (2.0, 3.0):
                 save(path, version)
                 server.reload_model("times")
-                print(f"reloaded: {server.model_manager.get_model_info('times')['state']}")
+                while version not in answers:
+                    stop.wait(0.01)
+                print(f"version {version:g} answers")
             stop.set()
             caller.join()
             server.unload_model("times")

@@ -13,8 +13,9 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from support.node import Node
 from torch import nn
+
+from support.node import Node
 
 DESIRED = Path(__file__).parents[2] / "desired"
 EDITS = 30

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import torch
+
 from support.node import Node
 
 DESIRED = Path(__file__).parents[2] / "desired"

@@ -2,9 +2,10 @@
 any order, with loaders that fail, hang and lie about sizes; every piece of work is run when the machine
 says so, on a clock of its own.
 
-Each property was seen to fail once, on a bug seeded for that: I10 with `gone` releasing nothing; I11 with `ready` draining the old instance before it
-publishes the new one; I16 with `_refuse_if_occupied` left out of `add`; I19 with pinned models
-evictable, and with `only_if_idle` ignored in `begin_unload`; I20 with `claim_close` not asking for `idle`.
+Each property was seen to fail once, on a bug seeded for that: I10 with `gone` releasing nothing; I11
+with `ready` draining the old instance before it publishes the new one; I16 with
+`_refuse_if_occupied` left out of `add`; I19 with pinned models evictable, and with `only_if_idle`
+ignored in `begin_unload`; I20 with `claim_close` not asking for `idle`.
 """
 
 from __future__ import annotations

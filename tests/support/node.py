@@ -14,9 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from support.waiting import eventually
-
 from splitlearn_comm import GRPCComputeClient
+from support.waiting import eventually
 
 
 class Node:

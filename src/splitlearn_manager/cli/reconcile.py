@@ -41,7 +41,7 @@ class _RunByDefault(TyperGroup):
     """Takes `reconcile desired/ …` for `reconcile run desired/ …`."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        helps = {"--help", "--install-completion", "--show-completion"}
+        helps = {"-h", "--help", "--install-completion", "--show-completion"}
         if args and args[0] not in self.commands and args[0] not in helps:
             args = ["run", *args]
         return super().parse_args(ctx, args)
@@ -50,6 +50,7 @@ class _RunByDefault(TyperGroup):
 app = typer.Typer(
     cls=_RunByDefault,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Serves the PyTorch models that a directory of YAML files declares.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -95,6 +96,7 @@ def run(
     """Serve the directory until stopped (SIGTERM, SIGINT); a second signal exits at once."""
     from splitlearn_manager.cli.run import serve
 
+    check_directory(directory)
     settings = server_settings(directory, server_config)
     configure(settings.log_level, log_format)
     try:

@@ -16,6 +16,8 @@ from splitlearn_manager.desired.state import DesiredState
 from splitlearn_manager.reconcile.reconciler import Turn
 from splitlearn_manager.server.managed_server import ManagedServer
 
+_LOOK_FOR_SIGNALS_S = 0.1
+
 
 def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
     """Serves the directory until SIGTERM or SIGINT, then drains. A second signal exits at once.
@@ -26,14 +28,17 @@ def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
     Raises ServerError if it cannot start.
     """
     server = ManagedServer(settings, directory=directory, live_settings=live)
-    stop = _stop_on_signals()
+    signals = _Signals()
     server.start()
     announcer = threading.Thread(
-        target=_announce_when_ready, args=(server, stop), name="announce", daemon=True
+        target=_announce_when_ready, args=(server, signals), name="announce", daemon=True
     )
     announcer.start()
-    stop.wait()
-    server.stop(grace=server.drain_s)
+    signals.wait()
+    stopping = threading.Thread(target=server.stop, kwargs={"grace": server.drain_s}, name="stop")
+    stopping.start()
+    while stopping.is_alive():
+        stopping.join(_LOOK_FOR_SIGNALS_S)
 
 
 def converge(
@@ -53,23 +58,34 @@ def converge(
     return turns[0].desired, statuses
 
 
-def _stop_on_signals() -> threading.Event:
-    """An event that the first SIGTERM or SIGINT sets; the second one ends the process."""
-    stop = threading.Event()
+class _Signals:
+    """SIGTERM and SIGINT: the first is noted, the second ends the process.
 
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
+    The kernel may give a signal to any thread, and Python runs the handler once the main thread runs
+    again: so the main thread never waits without looking up. The handler takes no lock, since it may
+    interrupt whoever holds it.
+    """
+
+    def __init__(self) -> None:
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def wait(self) -> None:
+        """Waits for the first signal; for the main thread."""
+        pause = threading.Event()
+        while not self.received:
+            pause.wait(_LOOK_FOR_SIGNALS_S)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.received:
             os._exit(128 + number)
-        stop.set()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    return stop
+        self.received = True
 
 
-def _announce_when_ready(server: ManagedServer, stop: threading.Event) -> None:
+def _announce_when_ready(server: ManagedServer, signals: _Signals) -> None:
     """Once converged, tells a person what is served and what to type next."""
-    if not server.reconciler.wait_converged(stop.is_set):
+    if not server.reconciler.wait_converged(lambda: signals.received):
         return
     statuses = list(server.reconciler.status.published.values())
     out = console()

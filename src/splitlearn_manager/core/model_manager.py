@@ -234,6 +234,7 @@ class ModelManager:
         Returns True. Raises the typed error of what went wrong: AdmissionError, LoadError, or
         OperationInProgress if the id is taken.
         """
+        self._await_unloads(config.model_id)
         if (held := self._instances.get(config.model_id)) is not None and held.state is State.READY:
             raise OperationInProgress(
                 f"model {config.model_id!r} is loaded already: reload_model() loads its files anew",
@@ -248,10 +249,13 @@ class ModelManager:
         Returns True. Raises ModelNotFound, or what `load_model` raises; then the old version goes on
         serving (unless both did not fit and it had to go first).
         """
+        self._await_unloads(model_id)
         served = self._instances.table.by_model.get(model_id)
         if served is None:
             raise ModelNotFound(f"no model {model_id!r} is loaded")
-        spec = ModelSpec.of(served.config, generation=served.spec.generation)
+        config = served.config
+        weights = self._reader.fingerprint(config)
+        spec = ModelSpec.of(config, weights=weights, generation=served.spec.generation)
         mode = served.config.update
         mb = self.size_mb(spec)
         beside = self._request(spec, mb, may_evict=mode == "surge")
@@ -310,11 +314,10 @@ class ModelManager:
         return instance.describe(self._instances.reserved_mb(instance))
 
     def list_models(self) -> list[dict[str, object]]:
-        """What is known of every instance, oldest first."""
-        return [
-            instance.describe(self._instances.reserved_mb(instance))
-            for instance in self._instances.all()
-        ]
+        """What is known of every model: of the instance that serves it, else of its newest one."""
+        ids = dict.fromkeys(instance.model_id for instance in self._instances.all())
+        found = [self._instances.get(model_id) for model_id in ids]
+        return [i.describe(self._instances.reserved_mb(i)) for i in found if i is not None]
 
     def get_statistics(self) -> dict[str, object]:
         """Counts over all models: loaded, requests, errors, and MB reserved and allowed on each device."""
@@ -367,6 +370,17 @@ class ModelManager:
             priority=spec.config.priority,
             demanded_s=self._clock.now(),
             may_evict=may_evict,
+        )
+
+    def _await_unloads(self, model_id: str) -> None:
+        """Waits for an earlier version that is on its way out, unless its requests take too long."""
+        self._wait(
+            lambda: (
+                not any(
+                    i.model_id == model_id and i.state is State.UNLOADING and not i.drain_overdue
+                    for i in self._instances.all()
+                )
+            )
         )
 
     def _load_and_wait(self, spec: ModelSpec, owner: Owner) -> None:

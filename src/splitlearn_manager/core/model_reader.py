@@ -47,6 +47,10 @@ class ModelReader:
             self._estimated_mb[spec.model_id] = (question, estimated_mb)
         return estimated_mb
 
+    def fingerprint(self, config: ModelConfig) -> str:
+        """What its files are now. Raises WeightsNotFound if there are none."""
+        return self._files.fingerprint(config)
+
     def forget(self, model_id: str) -> None:
         """Drops the sizes of a model that nobody wants any more."""
         self._measured_mb.pop(model_id, None)

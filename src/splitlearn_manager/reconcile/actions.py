@@ -37,8 +37,8 @@ class Wanted:
 
     Attributes:
         spec: accepted config, settled weights, generation.
-        weights_ready: False while the files behind it are missing or still changing for the first
-            time; `weights_problem` then says so.
+        weights_ready: False while the files behind it are missing, which `weights_problem` then
+            tells, or still changing for the first time.
         mb: what a load of it reserves, in MB.
         devices: where it may go, best first.
         demanded_s: when its file was accepted, or a request last asked for it, whichever is later.
@@ -98,12 +98,18 @@ class Action:
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """Why nothing is done for a model that is not as desired; `until_s` on the manager's clock."""
+    """Why nothing is done for a model that is not as desired.
+
+    Attributes:
+        until_s: when that ends by itself, on the manager's clock; None if something must happen.
+        failed: its load failed, or is sure to: it does not just wait for room or its turn.
+    """
 
     model_id: str
     reason: str
     message: str
     until_s: float | None = None
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

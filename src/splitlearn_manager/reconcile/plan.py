@@ -43,6 +43,7 @@ from splitlearn_manager.reconcile.actions import (
     Waiting,
     Wanted,
 )
+from splitlearn_manager.reconcile.backoff import Attempt
 from splitlearn_manager.reconcile.forecast import forecast
 
 
@@ -136,20 +137,26 @@ class _Planner:
         if serving is None:
             self._consider_load(wanted, to_load)
             return None
-        if not wanted.weights_ready:
-            return self._wait(model_id, "WeightsNotReady", wanted.weights_problem)
         if serving.spec.version != wanted.spec.version:
             return self._update(wanted, serving)
         if serving.spec.spec_hash != wanted.spec.spec_hash:
-            return Action(
-                Verb.ADJUST,
-                model_id,
-                describe_changes(serving.spec, wanted.spec),
-                spec=wanted.spec,
-                key=serving.key,
-                source=wanted.source,
-            )
+            return self._adjust(wanted, serving)
         return self._park_if_idle(serving)
+
+    def _adjust(self, wanted: Wanted, serving: InstanceView) -> Action | None:
+        model_id = wanted.spec.model_id
+        if wanted.own_limit_problem is not None:
+            # What is loaded breaks the new limit, and a load of the same would break it too.
+            self._waiting.append(_over_memory_limit(model_id, wanted.own_limit_problem))
+            return None
+        return Action(
+            Verb.ADJUST,
+            model_id,
+            describe_changes(serving.spec, wanted.spec),
+            spec=wanted.spec,
+            key=serving.key,
+            source=wanted.source,
+        )
 
     def _park_if_idle(self, serving: InstanceView) -> Action | None:
         config = serving.spec.config
@@ -172,30 +179,46 @@ class _Planner:
 
     def _consider_load(self, wanted: Wanted, to_load: list[Wanted]) -> None:
         model_id = wanted.spec.model_id
-        now = self._observed.now_s
-        attempt = self._observed.attempts.get(model_id)
         parked_s = self._observed.parked.get(model_id)
-        if not wanted.weights_ready:
-            self._wait(model_id, "WeightsNotReady", wanted.weights_problem)
-        elif parked_s is not None and wanted.demanded_s <= parked_s:
+        if parked_s is not None and wanted.demanded_s <= parked_s:
             self._wait(model_id, "Evicted", "made room for others; the next request brings it back")
-        elif wanted.own_limit_problem is not None:
-            self._wait(model_id, "OverMemoryLimit", wanted.own_limit_problem)
-        elif attempt is None or not attempt.blocks(wanted.spec, now):
+            return
+        why = self._why_not_load(wanted)
+        if why is None:
             to_load.append(wanted)
-        else:
-            self._wait(model_id, attempt.reason, attempt.message, attempt.retry_at_s)
-            fallback = self._observed.fallbacks.get(model_id)
-            if fallback is not None and fallback.spec.version != wanted.spec.version:
-                to_load.append(fallback)
+            return
+        self._waiting.append(why)
+        fallback = self._observed.fallbacks.get(model_id)
+        if fallback is not None and fallback.spec.version != wanted.spec.version:
+            to_load.append(fallback)
+
+    def _why_not_load(self, wanted: Wanted) -> Waiting | None:
+        """Why a load of this very version is not to be tried now, whatever room there is."""
+        model_id = wanted.spec.model_id
+        if not wanted.weights_ready:
+            if wanted.weights_problem:
+                return Waiting(model_id, "WeightsNotFound", wanted.weights_problem, failed=True)
+            return Waiting(model_id, "WeightsNotReady", "its files are still changing")
+        if wanted.own_limit_problem is not None:
+            return _over_memory_limit(model_id, wanted.own_limit_problem)
+        attempt = self._observed.attempts.get(model_id)
+        if attempt is None or not attempt.concerns(wanted.spec):
+            return None
+        views = self._by_id.get(model_id, ())
+        if any(v.state is State.FAILED and attempt.concerns(v.spec) for v in views):
+            # Given up, and its loader has not come back: another one would hang beside it, and
+            # each of them holds a place until it returns.
+            return _after_failure(model_id, attempt, None)
+        if attempt.blocks(wanted.spec, self._observed.now_s):
+            return _after_failure(model_id, attempt, attempt.retry_at_s)
+        return None
 
     def _update(self, wanted: Wanted, serving: InstanceView) -> Action | None:
         spec = wanted.spec
         attempt = self._observed.attempts.get(spec.model_id)
-        if wanted.own_limit_problem is not None:
-            return self._wait(spec.model_id, "OverMemoryLimit", wanted.own_limit_problem)
-        if attempt is not None and attempt.blocks(spec, self._observed.now_s):
-            return self._wait(spec.model_id, attempt.reason, attempt.message, attempt.retry_at_s)
+        if (why := self._why_not_load(wanted)) is not None:
+            self._waiting.append(why)
+            return None
         setting = spec.config.update
         request = AdmissionRequest(
             spec.model_id,
@@ -216,7 +239,8 @@ class _Planner:
             return self._wait(spec.model_id, reason, message)
         if attempt is not None and attempt.concerns(spec):
             # Taking the old version away again for what failed once would cost an outage a try.
-            return self._wait(spec.model_id, attempt.reason, attempt.message)
+            self._waiting.append(_after_failure(spec.model_id, attempt, None))
+            return None
         instead = admit(self._ledger, self._residents, replace(request, replaces=serving.key))
         if isinstance(instead, Admitted):
             return self._updating(wanted, serving, Mode.RECREATE, instead.device)
@@ -301,6 +325,14 @@ class _Planner:
         """Notes why the model gets no action, and gives that: no action."""
         self._waiting.append(Waiting(model_id, reason, message, until_s))
         return None
+
+
+def _over_memory_limit(model_id: str, problem: str) -> Waiting:
+    return Waiting(model_id, "OverMemoryLimit", problem, failed=True)
+
+
+def _after_failure(model_id: str, attempt: Attempt, until_s: float | None) -> Waiting:
+    return Waiting(model_id, attempt.reason, attempt.message, until_s, failed=True)
 
 
 def describe_changes(old: ModelSpec, new: ModelSpec) -> str:

@@ -23,9 +23,17 @@ from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredModel, DesiredState, Source
 from splitlearn_manager.errors import ModelUnavailable, OperationInProgress, SplitlearnError
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
+from splitlearn_manager.reconcile.actions import (
+    Action,
+    Mode,
+    Observed,
+    Plan,
+    Verb,
+    Waiting,
+    Wanted,
+)
 from splitlearn_manager.reconcile.memory import Memory
-from splitlearn_manager.reconcile.observation import Observation
+from splitlearn_manager.reconcile.observation import Observation, with_held
 from splitlearn_manager.reconcile.plan import plan
 from splitlearn_manager.reconcile.status import Facts, Phase, StatusBook
 
@@ -180,7 +188,7 @@ class Reconciler:
             self._manager.forget(model_id)
         made = plan(wanted, self._observed(snapshot))
         executed = tuple(self._execute(made, snapshot))
-        self._publish(desired, wanted, snapshot, made)
+        self._publish(desired, wanted, snapshot, made, executed)
         self._log_problems(desired)
         busy = any(v.state in (State.LOADING, State.UNLOADING) for v in snapshot.instances)
         turn = self._summary(desired, made, executed, busy, began_s, tick_s)
@@ -204,10 +212,12 @@ class Reconciler:
         now = self._clock.now()
         self._source.look(now)
         desired = self._source.look(now + settle_s)
-        wanted = self._wanted_of(desired)
         if node is None:
+            wanted = self._wanted_of(desired)
             return desired, plan(wanted, self._observed(self._manager.snapshot()))
-        return desired, plan({m: _as_known_to(node, w) for m, w in wanted.items()}, node.observed)
+        desired = with_held(desired, node)
+        wanted = {m: _as_known_to(node, w) for m, w in self._wanted_of(desired).items()}
+        return desired, plan(wanted, node.observed)
 
     def observe(self) -> Observation:
         """What planning needs to know of this node, as of the last turn. Any thread may ask."""
@@ -221,6 +231,7 @@ class Reconciler:
                 v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
                 for v in snapshot.instances
             },
+            sources={m: w.source for m, w in wanted.items()},
         )
 
     def _observed(self, snapshot: Snapshot) -> Observed:
@@ -271,7 +282,7 @@ class Reconciler:
             devices=self._manager.devices_for(config),
             demanded_s=max(model.accepted_at, self._memory.demands.get(config.model_id, 0.0)),
             weights_ready=ready,
-            weights_problem=problem or "its files are still changing",
+            weights_problem=problem,
             own_limit_problem=over_own_limit(config, mb),
             source=model.source.file,
         )
@@ -338,10 +349,12 @@ class Reconciler:
         wanted: Mapping[str, Wanted],
         snapshot: Snapshot,
         made: Plan,
+        executed: tuple[Action, ...],
     ) -> None:
         views: dict[str, list[InstanceView]] = {}
         for view in snapshot.instances:
             views.setdefault(view.model_id, []).append(view)
+        turns = _awaiting_turn(made, executed, self.max_parallel_loads)
         self.status.publish(
             [
                 Facts(
@@ -350,7 +363,7 @@ class Reconciler:
                     views=tuple(views.get(model_id, ())),
                     attempt=self._memory.attempts.get(model_id),
                     parked=model_id in self._memory.parked,
-                    waiting=made.waiting_for(model_id),
+                    waiting=made.waiting_for(model_id) or turns.get(model_id),
                     held=(desired.models[model_id].held or "") if model_id in wanted else "",
                     source_available=desired.source_available,
                 )
@@ -371,6 +384,18 @@ class Reconciler:
         for problem in sorted(self._problems - problems):
             log_event(log, logging.INFO, "Resolved", problem)
         self._problems = frozenset(problems)
+
+
+def _awaiting_turn(
+    made: Plan, executed: tuple[Action, ...], max_parallel_loads: int
+) -> dict[str, Waiting]:
+    """What is said of the models whose loads fit, and were not started for want of a slot."""
+    message = f"{max_parallel_loads} models may be loaded at a time (max_parallel_loads)"
+    return {
+        action.model_id: Waiting(action.model_id, "AwaitingTurn", message)
+        for action in made.actions
+        if action.verb in (Verb.LOAD, Verb.UPDATE) and action not in executed
+    }
 
 
 def _as_known_to(node: Observation, wanted: Wanted) -> Wanted:

@@ -86,6 +86,21 @@ class Facts:
         return self.attempt if self.attempt.concerns(self.wanted.spec) else None
 
     @property
+    def failure(self) -> tuple[str, str] | None:
+        """Reason and message of why the wanted version cannot be served as things are."""
+        if self.waiting is not None and self.waiting.failed:
+            return (self.waiting.reason, self.waiting.message)
+        attempt = self.failed_attempt
+        return (attempt.reason, attempt.message) if attempt is not None else None
+
+    @property
+    def why(self) -> tuple[str, str] | None:
+        """Reason and message of why it is not as wanted: a failure before what it waits for."""
+        if self.failure is not None:
+            return self.failure
+        return (self.waiting.reason, self.waiting.message) if self.waiting is not None else None
+
+    @property
     def up_to_date(self) -> bool:
         serving = self.serving
         return (
@@ -127,9 +142,7 @@ def phase_of(facts: Facts) -> Phase:
         return Phase.LOADING
     if State.UNLOADING in states:
         return Phase.EVICTED if facts.parked else Phase.UPDATING
-    if facts.failed_attempt is not None:
-        return Phase.FAILED
-    if facts.waiting is not None and facts.waiting.reason == "OverMemoryLimit":
+    if facts.failure is not None:
         return Phase.FAILED
     return Phase.EVICTED if facts.parked else Phase.PENDING
 
@@ -145,7 +158,7 @@ def sync_of(facts: Facts) -> Sync:
 def health_of(facts: Facts) -> Health:
     phase = phase_of(facts)
     if phase is Phase.READY:
-        stuck = facts.failed_attempt is not None and not facts.up_to_date
+        stuck = facts.failure is not None and not facts.up_to_date
         return Health.DEGRADED if stuck else Health.HEALTHY
     return {
         Phase.LOADING: Health.PROGRESSING,
@@ -192,22 +205,17 @@ def _synced(facts: Facts) -> tuple[str, str, str, str]:
     if sync is Sync.SYNCED:
         return ("Synced", "True", "UpToDate", "")
     status = "Unknown" if sync is Sync.UNKNOWN else "False"
-    if facts.serving is not None and facts.failed_attempt is not None:
-        attempt = facts.failed_attempt
-        return ("Synced", status, "UpdateFailed", f"{attempt.reason}: {attempt.message}")
-    waiting = facts.waiting
-    if waiting is not None:
-        return ("Synced", status, waiting.reason, waiting.message)
+    if facts.serving is not None and facts.failure is not None:
+        return ("Synced", status, "UpdateFailed", ": ".join(facts.failure))
+    if facts.why is not None:
+        return ("Synced", status, *facts.why)
     return ("Synced", status, str(phase_of(facts)), "")
 
 
 def _ready(facts: Facts) -> tuple[str, str, str, str]:
     serving, wanted = facts.serving, facts.wanted
     if serving is None:
-        waiting = facts.waiting
-        if waiting is not None:
-            return ("Ready", "False", waiting.reason, waiting.message)
-        return ("Ready", "False", str(phase_of(facts)), "")
+        return ("Ready", "False", *(facts.why or (str(phase_of(facts)), "")))
     if facts.of_api or (wanted is not None and serving.spec.generation == wanted.spec.generation):
         return (
             "Ready",
@@ -258,14 +266,15 @@ class StatusBook:
             current[kind] = Condition(kind, status, reason, message, since)
         self._conditions[facts.model_id] = current
         retry = facts.waiting.until_s if facts.waiting else None
+        reason, message = facts.why or ("", "")
         return {
             "model_id": facts.model_id,
             "owner": str(facts.views[0].owner) if facts.views else "directory",
             "phase": str(phase_of(facts)),
             "sync": str(sync_of(facts)),
             "health": str(health_of(facts)),
-            "reason": facts.waiting.reason if facts.waiting else "",
-            "message": facts.waiting.message if facts.waiting else "",
+            "reason": reason,
+            "message": message,
             "next_retry_s": max(0.0, retry - now_s) if retry is not None else None,
             "generation": wanted.spec.generation if wanted else None,
             "observed_generation": serving.spec.generation if serving else None,

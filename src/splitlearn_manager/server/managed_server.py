@@ -274,9 +274,10 @@ class ManagedServer:
                 self._control = ControlSocket(
                     socket_of(state_dir), lambda: to_json(self.reconciler.observe())
                 )
-            network = self._network = self._open_grpc()
             self._http = self._open_http()
-            return network
+            # Last, because gRPC does not let go of a port on which it never started.
+            self._network = self._open_grpc()
+            return self._network
         except ServerError:
             self._close_ports()
             raise
@@ -287,8 +288,10 @@ class ManagedServer:
             self._network = None
         if self._http is not None:
             self._http.stop()
+            self._http = None
         if self._control is not None:
             self._control.close()
+            self._control = None
         if self._claim is not None:
             self._claim.release()
             self._claim = None
