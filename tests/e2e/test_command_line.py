@@ -226,7 +226,11 @@ def test_once_exits_1_when_a_model_did_not_and_says_why(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("of", "known", "required"),
     [
-        ("model", {"model_id", "model_path", "max_memory_mb", "config"}, ["model_id", "model_path"]),
+        (
+            "model",
+            {"model_id", "model_path", "max_memory_mb", "config"},
+            ["model_id", "model_path"],
+        ),
         ("server", {"host", "port", "max_models", "memory_quota_mb"}, []),
     ],
 )
