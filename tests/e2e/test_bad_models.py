@@ -52,6 +52,15 @@ def build():
     threading.Event().wait()
 """
 
+WORKS = """
+import torch
+
+
+def build():
+    while True:
+        torch.ones(64, 64) @ torch.ones(64, 64)
+"""
+
 
 class _Mischief:
     def __reduce__(self) -> tuple[object, ...]:
@@ -236,6 +245,18 @@ def test_an_update_by_recreate_that_fails_goes_back_to_what_served(node: Node) -
     declare(node.directory, "recreated", config=constant(3.0), update="recreate")
     node.wait_generation("recreated", 3)
     assert answer_of(node, "recreated") == 3.0
+
+
+def test_a_node_stops_cleanly_while_a_loader_is_at_work(tmp_path: Path) -> None:
+    """The loader's thread is in the middle of torch then, where it must not be torn down."""
+    directory = tmp_path / "desired"
+    directory.mkdir()
+    replace_file(directory / "working.py", WORKS)
+    declare(directory, "working", model_path="working:build")
+    with Node(directory, {"settle_s": 0.1}) as node:
+        node.wait_phase("working", "Loading")
+        assert node.stop() == 0
+    assert node.lines[-1].endswith("event=Stopped")
 
 
 def test_room_is_made_by_the_rules_and_a_request_brings_a_model_back(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from support.node import Node
 from support.served import constant, declare, replace_file, write_factory
+from support.waiting import eventually
 
 INVALID = """\
 model_id: crooked
@@ -149,10 +150,10 @@ def test_plan_beside_a_running_node_is_about_what_that_node_serves(tmp_path: Pat
     with Node(directory, {**settings, "settle_s": 0.1}) as node:
         for model_id in ("kept", "edited", "adjusted", "removed", "broken"):
             node.wait_phase(model_id, "Ready")
-        (directory / "server.yaml").write_text(json.dumps({"metrics_port": 0, **settings}))
-        node_settles_slowly = "event=SettingChanged key=settle_s"
-        while not node.find(node_settles_slowly):
-            assert node.process.poll() is None
+        ports = {"port": 0, "metrics_port": 0}
+        replace_file(directory / "server.yaml", json.dumps({**ports, **settings}))
+        slower = "event=SettingChanged key=settle_s"
+        eventually(lambda: node.find(slower), "the node settles slowly")
         assert reconcile("plan", directory).stdout.splitlines()[-1] == "nothing to do"
         declare(directory, "edited", config=constant(2.0))
         declare(directory, "adjusted", config=constant(1.0), priority=2)

@@ -60,7 +60,7 @@ def test_a_signal_lets_all_running_requests_end_and_exits_0(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     node, gate = slow_node(tmp_path)
-    with node, ThreadPoolExecutor(REQUESTS) as pool:
+    with node, ThreadPoolExecutor(REQUESTS) as pool, gate:
         node.wait_phase("slow", "Ready")
         answers: list[Future[torch.Tensor]] = [
             pool.submit(answer, node.address, float(value)) for value in range(REQUESTS)
@@ -70,6 +70,8 @@ def test_a_signal_lets_all_running_requests_end_and_exits_0(
         eventually(lambda: refuses(node.address), "new requests are refused")
         assert not any(future.done() for future in answers)
         assert node.process.poll() is None
+        # A node that drains is alive and not ready: a supervisor must not kill it meanwhile.
+        assert (node.get("/healthz")[0], node.get("/readyz")[0]) == (200, 503)
 
         gate.release()
         for value, future in enumerate(answers):
@@ -82,7 +84,7 @@ def test_a_signal_lets_all_running_requests_end_and_exits_0(
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     node, gate = slow_node(tmp_path)
-    with node, ThreadPoolExecutor(1) as pool:
+    with node, ThreadPoolExecutor(1) as pool, gate:
         node.wait_phase("slow", "Ready")
         lost = pool.submit(answer, node.address, 1.0)
         gate.wait_begun(1)

@@ -94,7 +94,7 @@ def run(
     directory: Directory, server_config: ServerFile = None, log_format: Logs = LogFormat.TEXT
 ) -> None:
     """Serve the directory until stopped (SIGTERM, SIGINT); a second signal exits at once."""
-    from splitlearn_manager.cli.run import serve
+    from splitlearn_manager.cli.run import leave, serve
 
     check_directory(directory)
     settings = server_settings(directory, server_config)
@@ -103,6 +103,7 @@ def run(
         serve(directory, settings, live=server_config is None)
     except SplitlearnError as error:
         fail(error.message)
+    leave(0)
 
 
 @app.command()
@@ -113,7 +114,7 @@ def once(
     log_format: Logs = LogFormat.TEXT,
 ) -> None:
     """Load all models once, report, unload them and exit: 0 if all became ready."""
-    from splitlearn_manager.cli.run import converge
+    from splitlearn_manager.cli.run import converge, leave
 
     check_directory(directory)
     settings = server_settings(directory, server_config)
@@ -132,7 +133,7 @@ def once(
             output,
         )
     well = not desired.problems and all(s["phase"] == "Ready" for s in statuses)
-    raise typer.Exit(0 if well else 1)
+    leave(0 if well else 1)
 
 
 @app.command("plan")

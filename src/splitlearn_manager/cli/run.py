@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from splitlearn_manager.cli.render import console, status_lines
 from splitlearn_manager.config.server_config import ServerConfig
@@ -54,8 +56,20 @@ def converge(
 
     server.reconciler.run(until=settled)
     statuses = list(server.reconciler.status.published.values())
-    server.stop(grace=0.0)
+    server.stop()
     return turns[0].desired, statuses
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with that exit code, whatever its threads are doing.
+
+    A loader that is at work, or hangs, cannot be stopped. The interpreter's own way out would end its
+    thread in the middle of torch, which then aborts the process.
+    """
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Signals:

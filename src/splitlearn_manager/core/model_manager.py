@@ -289,6 +289,8 @@ class ModelManager:
                 f"model {model_id!r} is declared by a file, and would be loaded again: remove the file",
                 reason="OwnedByDirectory",
             )
+        if instance.state is State.READY:
+            self._await_unloads(model_id)
         if not self.begin_unload(model_id, "Requested") and instance.state is not State.UNLOADING:
             raise OperationInProgress(
                 f"model {model_id!r} is {instance.state}; unload it when it serves"

@@ -43,8 +43,8 @@ class ManagedBackend:
     """The node as `splitlearn_comm`'s servicer sees it.
 
     Args:
-        max_waiters: requests that may wait for parked models at a time; so many threads are lost to
-            others meanwhile, so it must be less than there are.
+        max_waiters: requests that may wait for parked models at a time, at least 1; so many threads are
+            lost to others meanwhile, so it should be less than there are.
         observe: called after each request with model id, status name and seconds.
     """
 

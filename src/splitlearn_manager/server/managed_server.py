@@ -232,8 +232,11 @@ class ManagedServer:
         return self._watcher.mode if self._watcher is not None else "none"
 
     def loop_alive(self) -> bool:
-        """Whether the reconcile loop runs and its latest turn is recent; True before `start`."""
-        if self._loop is None:
+        """Whether the reconcile loop runs and its latest turn is recent.
+
+        True before `start`, and while the node drains: then the loop has ended as it should.
+        """
+        if self._loop is None or self._draining:
             return True
         if not self._loop.is_alive():
             return False
@@ -243,8 +246,7 @@ class ManagedServer:
 
     def is_ready(self) -> bool:
         """Whether the first convergence is done, and the node is not shutting down."""
-        draining = self._backend is not None and self._backend.draining
-        return self.reconciler.converged and not draining
+        return self.reconciler.converged and not self._draining
 
     @property
     def drain_s(self) -> float:
@@ -258,6 +260,10 @@ class ManagedServer:
         return self._source if isinstance(self._source, DesiredSource) else None
 
     # Inside.
+
+    @property
+    def _draining(self) -> bool:
+        return self._backend is not None and self._backend.draining
 
     def _open_source(self, directory: str | Path | None) -> tuple[Source, Watcher | None]:
         if directory is None:
@@ -302,7 +308,7 @@ class ManagedServer:
             self.router,
             self.reconciler,
             version=VERSION,
-            max_waiters=self.config.max_workers // 2,
+            max_waiters=max(1, self.config.max_workers // 2),
             observe=self._feed.after_request,
         )
         try:

@@ -179,6 +179,19 @@ def test_unloading_waits_for_running_requests() -> None:
     assert real.manager.get_model("a") is None
 
 
+def test_an_unload_right_after_a_reload_waits_for_the_old_version_to_go(real: Real) -> None:
+    real.manager.load_model(model("a"))
+    old = real.manager.lease("a")
+    real.manager.reload_model("a")
+    unloading = in_thread(lambda: real.manager.unload_model("a"))
+    assert real.runtime.running[0].closed is False
+    old.release()
+    unloading.join(DEADLINE_S)
+    assert not unloading.is_alive()
+    assert real.runtime.open_models == []
+    assert real.manager.list_models() == []
+
+
 def test_unknown_models_are_not_found(real: Real) -> None:
     for call in (
         real.manager.unload_model,

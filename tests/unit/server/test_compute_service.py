@@ -1,0 +1,260 @@
+"""From a request's model_id to the instance that answers it, and what each refusal looks like."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from splitlearn_comm.core.errors import ComputeError, NotReady, UnknownTarget
+from splitlearn_comm.server.statuses import status_of
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner
+from splitlearn_manager.errors import (
+    InsufficientMemory,
+    ModelNotFound,
+    ModelUnavailable,
+    OperationInProgress,
+)
+from splitlearn_manager.reconcile.reconciler import Reconciler
+from splitlearn_manager.routing.router import ModelRouter
+from splitlearn_manager.server.compute_service import ManagedBackend, refusal_of
+from support.fakes import Bench, FakeRunning, FakeSource, broken, model
+from support.waiting import eventually
+
+
+class Server:
+    """A backend over a manager and a loop whose work the test does by hand."""
+
+    def __init__(self, max_waiters: int = 2, max_models: int = 5) -> None:
+        self.bench = Bench(max_models=max_models)
+        self.manager = self.bench.manager
+        self.source = FakeSource()
+        self.reconciler = Reconciler(self.source, self.manager, self.bench.clock)
+        self.observed: list[tuple[str, str, float]] = []
+        self.backend = ManagedBackend(
+            self.manager,
+            ModelRouter(),
+            self.reconciler,
+            version="9.9",
+            max_waiters=max_waiters,
+            observe=lambda *seen: self.observed.append(seen),
+        )
+
+    def begin_load(self, model_id: str, **keys: object) -> None:
+        """As the Python API does; the load itself waits for the executor."""
+        self.manager.begin_load(ModelSpec.of(model(model_id, **keys)), Owner.API, "cpu", 10.0)
+
+    def load(self, model_id: str, **keys: object) -> None:
+        self.begin_load(model_id, **keys)
+        self.bench.executor.run_all()
+
+    def declare(self, model_id: str, **keys: object) -> None:
+        self.source.declare(model(model_id, **keys), at=self.bench.clock.now())
+
+    def settle(self) -> None:
+        """Turns and works until nothing is left to do."""
+        while True:
+            turn = self.reconciler.turn()
+            if not self.bench.executor.waiting and not turn.executed:
+                return
+            self.bench.executor.run_all()
+
+    def refusal(self, model_id: str, remaining_s: float | None = 0.0) -> ComputeError:
+        opening = self.backend.open(model_id, remaining_s=remaining_s)
+        with pytest.raises(ComputeError) as refused, opening:
+            pytest.fail("it was opened")
+        return refused.value
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ModelNotFound("who?"), UnknownTarget),
+        (ModelUnavailable("not now"), NotReady),
+        (OperationInProgress("busy"), NotReady),
+        (InsufficientMemory("full"), NotReady),
+    ],
+)
+def test_only_an_unknown_name_is_a_refusal_that_is_not_retried(
+    error: ModelNotFound | ModelUnavailable, kind: type[ComputeError]
+) -> None:
+    refusal = refusal_of(error)
+    assert type(refusal) is kind
+    assert (refusal.message, refusal.reason) == (error.message, error.reason)
+
+
+def test_a_lease_is_held_for_as_long_as_the_model_is_open(server: Server) -> None:
+    server.load("m")
+    with server.backend.open("m") as opened:
+        assert opened.model_id == "m"
+        assert server.manager.get_model_info("m")["in_flight"] == 1
+        server.manager.begin_unload("m", "Requested")
+        server.bench.executor.run_all()
+        assert server.bench.runtime.open_models, "it was closed under a request"
+    server.bench.executor.run_all()
+    assert not server.bench.runtime.open_models
+
+
+def test_the_lease_is_given_back_when_the_request_fails(server: Server) -> None:
+    server.load("m")
+    with pytest.raises(ArithmeticError), server.backend.open("m"):
+        raise ArithmeticError
+    info = server.manager.get_model_info("m")
+    assert (info["in_flight"], info["error_count"]) == (0, 1)
+
+
+def test_without_an_id_the_ready_models_take_turns(server: Server) -> None:
+    for model_id in ("a", "b"):
+        server.load(model_id)
+    chosen = []
+    for _ in range(4):
+        with server.backend.open("") as opened:
+            chosen.append(opened.model_id)
+    assert sorted(chosen) == ["a", "a", "b", "b"]
+
+
+def test_an_endpoint_leads_to_the_models_that_share_it(server: Server) -> None:
+    for model_id in ("a", "b"):
+        server.load(model_id, endpoint="shared")
+    server.load("c")
+    chosen = set()
+    for _ in range(4):
+        with server.backend.open("shared") as opened:
+            chosen.add(opened.model_id)
+    assert chosen == {"a", "b"}
+
+
+def test_an_unknown_name_does_not_exist(server: Server) -> None:
+    server.load("m")
+    refusal = server.refusal("n")
+    assert isinstance(refusal, UnknownTarget)
+    assert "'n'" in refusal.message
+
+
+def test_a_forward_that_no_model_is_known_for_does_not_exist(server: Server) -> None:
+    server.load("m")
+    with pytest.raises(UnknownTarget, match="lost"), server.backend.open("", forward_id="lost"):
+        pytest.fail("it was opened")
+
+
+def test_a_model_that_loads_answers_try_again(server: Server) -> None:
+    server.begin_load("m")
+    refusal = server.refusal("m")
+    assert isinstance(refusal, NotReady)
+    assert "LOADING" in refusal.message
+
+
+def test_without_any_model_ready_it_answers_try_again(server: Server) -> None:
+    assert "no model is READY" in server.refusal("").message
+    assert status_of(server.refusal("")).name == "UNAVAILABLE"
+
+
+def test_a_declared_model_that_failed_answers_try_again_and_says_so(server: Server) -> None:
+    server.bench.runtime.failures["m"] = broken()
+    server.declare("m")
+    server.settle()
+    refusal = server.refusal("m")
+    assert isinstance(refusal, NotReady)
+    assert "m is Failed" in refusal.message
+
+
+def test_an_endpoint_of_which_none_is_ready_names_them_all(server: Server) -> None:
+    for model_id in ("a", "b"):
+        server.bench.runtime.failures[model_id] = broken()
+        server.declare(model_id, endpoint="shared")
+    server.settle()
+    message = server.refusal("shared").message
+    assert "a is Failed" in message
+    assert "b is Failed" in message
+
+
+@pytest.fixture
+def parked() -> Iterator[Server]:
+    """A server with one place to wait, and the declared model `m`, parked a second ago."""
+    server = Server(max_waiters=1)
+    server.declare("m", keep_alive_s=10.0)
+    server.settle()
+    server.bench.clock.advance(11.0)
+    server.settle()
+    assert server.reconciler.status.phases["m"] == "Evicted"
+    server.bench.clock.advance(1.0)
+    yield server
+    server.reconciler.stop()
+
+
+def test_a_request_wakes_a_parked_model_and_waits_for_it(parked: Server) -> None:
+    opened: list[str] = []
+
+    def ask() -> None:
+        with parked.backend.open("m", remaining_s=60.0) as target:
+            opened.append(target.model_id)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+
+    def turned() -> bool:
+        parked.settle()
+        return not asking.is_alive()
+
+    eventually(turned, "it was answered")
+    assert opened == ["m"]
+    assert [model_id for model_id, _ in parked.bench.runtime.started] == ["m", "m"]
+
+
+def test_more_requests_than_may_wait_answer_try_again(parked: Server) -> None:
+    refusals: list[ComputeError] = []
+
+    def ask() -> None:
+        refusals.append(parked.refusal("m", remaining_s=60.0))
+
+    waiting = threading.Thread(target=ask)
+    waiting.start()
+    eventually(
+        lambda: "asked for by many" in parked.refusal("m").message, "the second is turned away"
+    )
+    assert waiting.is_alive()
+    parked.reconciler.stop()
+    waiting.join(30)
+    assert [type(refusal) for refusal in refusals] == [NotReady]
+
+
+def test_whoever_waited_until_its_deadline_makes_room_for_the_next(parked: Server) -> None:
+    for _ in range(3):
+        assert parked.refusal("m").message == "model 'm' is Evicted; try again"
+
+
+def test_health_says_how_many_are_ready_and_when_it_drains(server: Server) -> None:
+    assert server.backend.health().status == "ok"
+    server.load("m")
+    assert server.backend.health().message == "1 models ready"
+    server.backend.draining = True
+    assert server.backend.health().status == "draining"
+
+
+def test_service_info_names_what_is_served(server: Server) -> None:
+    assert server.backend.service_info().device == "cpu"
+    for model_id in ("a", "b"):
+        server.load(model_id)
+    info = server.backend.service_info()
+    assert info.custom_info["models"].split(",") == ["a", "b"]
+    assert info.custom_info["model.a"] == "READY on cpu"
+    assert server.backend.version == "9.9"
+
+
+def test_what_was_answered_is_observed(server: Server) -> None:
+    server.backend.observe("m", "OK", 0.5)
+    assert server.observed == [("m", "OK", 0.5)]
+
+
+def test_it_opens_what_the_instance_runs(server: Server) -> None:
+    server.load("m")
+    with server.backend.open("m") as opened:
+        running = opened.function
+        assert isinstance(running, FakeRunning)
+        assert running.config.model_id == "m"

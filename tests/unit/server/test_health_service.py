@@ -1,0 +1,108 @@
+"""What `grpc.health.v1` says, over a real connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner
+from splitlearn_manager.server.health_service import HealthService
+from support.fakes import Bench, model
+
+SERVICE = "splitlearn.comm.ComputeService"
+
+
+class Probed:
+    """A health service on the network, and the manager whose models it tells of."""
+
+    def __init__(self) -> None:
+        self.bench = Bench()
+        self.service = HealthService()
+        self.server = grpc.server(ThreadPoolExecutor(2))
+        self.service.register(self.server)
+        port = self.server.add_insecure_port("127.0.0.1:0")
+        self.server.start()
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self.stub = health_pb2_grpc.HealthStub(self.channel)
+
+    def begin_load(self, model_id: str, **keys: object) -> None:
+        spec = ModelSpec.of(model(model_id, **keys))
+        self.bench.manager.begin_load(spec, Owner.API, "cpu", 10.0)
+
+    def publish(self, *declared: str) -> None:
+        self.service.publish(self.bench.manager.table, declared)
+
+    def check(self, name: str) -> str:
+        request = health_pb2.HealthCheckRequest(service=name)
+        try:
+            status = self.stub.Check(request, timeout=30).status
+        except grpc.RpcError as error:
+            return str(error.code().name)
+        return str(health_pb2.HealthCheckResponse.ServingStatus.Name(status))
+
+    def watch(self, name: str) -> Iterator[str]:
+        request = health_pb2.HealthCheckRequest(service=name)
+        for answer in self.stub.Watch(request, timeout=30):
+            yield str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+@pytest.fixture
+def probed() -> Iterator[Probed]:
+    probed = Probed()
+    yield probed
+    probed.channel.close()
+    probed.server.stop(0).wait()
+
+
+def test_the_node_serves_from_the_start_and_unknown_names_are_not_found(probed: Probed) -> None:
+    assert [probed.check(name) for name in ("", SERVICE, "m")] == [
+        "SERVING",
+        "SERVING",
+        "NOT_FOUND",
+    ]
+
+
+def test_a_ready_model_and_its_endpoint_serve(probed: Probed) -> None:
+    probed.begin_load("m", endpoint="front")
+    probed.bench.executor.run_all()
+    probed.publish()
+    assert [probed.check(name) for name in ("m", "front")] == ["SERVING", "SERVING"]
+
+
+def test_a_declared_model_that_is_not_ready_does_not_serve(probed: Probed) -> None:
+    probed.begin_load("m")
+    probed.publish("m")
+    assert probed.check("m") == "NOT_SERVING"
+    probed.bench.executor.run_all()
+    probed.publish("m")
+    assert probed.check("m") == "SERVING"
+
+
+def test_whoever_watches_sees_a_model_come_and_go(probed: Probed) -> None:
+    seen = probed.watch("m")
+    assert next(seen) == "SERVICE_UNKNOWN"
+    probed.publish("m")
+    assert next(seen) == "NOT_SERVING"
+    probed.begin_load("m")
+    probed.bench.executor.run_all()
+    probed.publish("m")
+    assert next(seen) == "SERVING"
+    probed.bench.manager.begin_unload("m", "Requested")
+    probed.bench.executor.run_all()
+    probed.publish()
+    assert next(seen) == "SERVICE_UNKNOWN"
+
+
+def test_a_draining_node_and_all_its_models_do_not_serve(probed: Probed) -> None:
+    probed.begin_load("m")
+    probed.bench.executor.run_all()
+    probed.publish("m")
+    probed.service.drain()
+    assert [probed.check(name) for name in ("", SERVICE, "m")] == ["NOT_SERVING"] * 3
+    # The loop may end a last turn afterwards.
+    probed.publish("m")
+    assert probed.check("m") == "NOT_SERVING"
