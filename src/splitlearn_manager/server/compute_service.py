@@ -30,7 +30,8 @@ from splitlearn_manager.routing.router import ModelRouter
 _LONGEST_WAIT_S = 60.0
 # Leases are refused only in the microseconds between the swap of the table and the next read of it.
 _LEASE_ROUNDS = 1000
-_WAKES_ON_REQUEST = frozenset({Phase.EVICTED, Phase.PENDING})
+# Phases are those of the last turn: a model that is Ready and not in the table was parked since.
+_WAKES_ON_REQUEST = frozenset({Phase.EVICTED, Phase.PENDING, Phase.READY})
 
 
 def refusal_of(error: SplitlearnError) -> ComputeError:

@@ -60,6 +60,24 @@ class Server:
                 return
             self.bench.executor.run_all()
 
+    def answers(self, model_id: str) -> str:
+        """Which model a request is given to that may wait, while the loop turns."""
+        opened: list[str] = []
+
+        def ask() -> None:
+            with self.backend.open(model_id, remaining_s=60.0) as target:
+                opened.append(target.model_id)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+
+        def turned() -> bool:
+            self.settle()
+            return not asking.is_alive()
+
+        eventually(turned, "it was answered or refused")
+        return "".join(opened)
+
     def refusal(self, model_id: str, remaining_s: float | None = 0.0) -> ComputeError:
         opening = self.backend.open(model_id, remaining_s=remaining_s)
         with pytest.raises(ComputeError) as refused, opening:
@@ -189,22 +207,21 @@ def parked() -> Iterator[Server]:
 
 
 def test_a_request_wakes_a_parked_model_and_waits_for_it(parked: Server) -> None:
-    opened: list[str] = []
-
-    def ask() -> None:
-        with parked.backend.open("m", remaining_s=60.0) as target:
-            opened.append(target.model_id)
-
-    asking = threading.Thread(target=ask)
-    asking.start()
-
-    def turned() -> bool:
-        parked.settle()
-        return not asking.is_alive()
-
-    eventually(turned, "it was answered")
-    assert opened == ["m"]
+    assert parked.answers("m") == "m"
     assert [model_id for model_id, _ in parked.bench.runtime.started] == ["m", "m"]
+
+
+def test_a_request_that_meets_a_model_being_parked_brings_it_back() -> None:
+    server = Server()
+    server.declare("m")
+    server.settle()
+    served = server.manager.get_model("m")
+    assert served is not None
+    server.manager.begin_evict("m", served.key, "KeepAlive")
+    server.bench.clock.advance(0.001)
+    # No turn has ended since: the status still says what it said before.
+    assert server.reconciler.status.phases["m"] == "Ready"
+    assert server.answers("m") == "m"
 
 
 def test_more_requests_than_may_wait_answer_try_again(parked: Server) -> None:
