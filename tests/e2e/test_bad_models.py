@@ -15,7 +15,6 @@ from support.node import Node
 from support.served import (
     WIDTH,
     Callers,
-    Sentinel,
     X,
     answer_of,
     condition,
@@ -138,8 +137,7 @@ def test_a_load_that_exceeds_its_time_is_given_up_and_not_piled_up(node: Node) -
     status = failed(node, "times-out", "LoadTimeout")
     assert "load_timeout_s = 1 s" in str(status["message"])
     # While the loader has not come back, another one would only hang beside it.
-    sentinel = Sentinel(node)
-    sentinel.passes()
+    assert status["next_retry_s"] is None
     assert loads(node, "times-out", "failure") == 1
 
 

@@ -228,7 +228,8 @@ class Lab:
         self.directory = directory
         self.gate = Gate(directory / "gate")
         self.gate.write_factory(directory)
-        self.server = ManagedServer(ServerConfig(**{"port": 0, "metrics_port": 0, **settings}))
+        config = {"port": 0, "metrics_port": 0, **settings}
+        self.server = ManagedServer(ServerConfig.model_validate(config))
 
     def __enter__(self) -> Lab:
         self.server.start()

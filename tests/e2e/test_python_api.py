@@ -24,6 +24,7 @@ from torch import nn
 import splitlearn_manager
 from splitlearn_comm import GRPCComputeClient
 from splitlearn_manager import ManagedServer, ModelConfig, ServerConfig, errors
+from splitlearn_manager.config.loader_options import LoaderOptions
 from support.waiting import eventually
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "python-api.md"
@@ -213,7 +214,7 @@ def test_the_documents_model_file_says_what_it_says_in_python(tmp_path: Path) ->
         batch_size=32,
         max_memory_mb=4096,
         warmup=True,
-        config={"input_shape": [1, 10, 768], "max_sequence_length": 512},
+        config=LoaderOptions(input_shape=(1, 10, 768), max_sequence_length=512),
     )
 
 

@@ -38,7 +38,7 @@ def slow_node(tmp_path: Path) -> tuple[Node, Gate]:
 
 def answer(address: str, value: float) -> torch.Tensor:
     """One request of a 1.0 client that is not repeated: a retry would hide a lost answer."""
-    with V1Client(address, timeout=60) as client:
+    with V1Client(address, timeout=60, sleep=lambda seconds: None) as client:
         found = client.compute(torch.full((1, 4), value), model_id="slow")
         assert client.attempts == 1
     return found
@@ -128,7 +128,7 @@ def model(tmp_path: Path) -> ModelConfig:
 
 
 def ephemeral(**keys: int) -> ServerConfig:
-    return ServerConfig(**{"port": 0, "metrics_port": 0, **keys})
+    return ServerConfig.model_validate({"port": 0, "metrics_port": 0, **keys})
 
 
 def listens(port: int) -> bool:

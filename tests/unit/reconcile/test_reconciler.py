@@ -153,6 +153,23 @@ def test_an_update_by_recreate_that_fails_goes_back_and_the_next_edit_is_tried()
     assert loop.loop.status.published["a"]["observed_generation"] == 3
 
 
+def test_when_the_former_version_cannot_be_loaded_either_it_is_not_tried_for_ever() -> None:
+    loop = Loop()
+    loop.declare("a", update="recreate")
+    loop.settle()
+    loop.bench.runtime.failures["a"] = broken()
+    loop.declare("a", update="recreate", trusted=True)
+    loop.settle()
+    assert (loop.phase("a"), loop.reason("a")) == (Phase.FAILED, "LoadFailed")
+    loads = len(loop.bench.runtime.started)
+    assert loads == 3, "the first version, the second, and the first again"
+    assert loop.settle().plan.actions == ()
+    loop.bench.runtime.failures.clear()
+    loop.bench.clock.advance(1.0)
+    loop.settle()
+    assert loop.loop.status.published["a"]["observed_generation"] == 2
+
+
 def wait_in_a_thread(call: Callable[[], None]) -> tuple[threading.Thread, list[Exception]]:
     """Runs the call beside the test; the errors it raises are collected."""
     raised: list[Exception] = []
