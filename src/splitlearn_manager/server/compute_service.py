@@ -12,6 +12,7 @@ messages and the statuses are `splitlearn_comm`'s.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -66,6 +67,10 @@ class ManagedBackend:
         self._codec = TensorCodec()
         self._waiters = threading.Semaphore(max_waiters)
         self._observe = observe
+        # Models that requests wait for at this moment, and how many: while one of them loads, further
+        # requests join the wait instead of being sent away.
+        self._awaited: Counter[str] = Counter()
+        self._awaited_lock = threading.Lock()
         self.draining = False
 
     @property
@@ -137,7 +142,7 @@ class ManagedBackend:
         phases = self._reconciler.status.phases
         known = self._reconciler.names.get(name, ())
         for model_id in known:
-            if phases.get(model_id) in _WAKES_ON_REQUEST:
+            if phases.get(model_id) in _WAKES_ON_REQUEST or self._awaited[model_id]:
                 return model_id
         if known:
             states = ", ".join(f"{m} is {phases.get(m, 'Pending')}" for m in known)
@@ -151,8 +156,14 @@ class ManagedBackend:
     def _await_model(self, model_id: str, remaining_s: float | None) -> None:
         if not self._waiters.acquire(blocking=False):
             raise ModelUnavailable(f"model {model_id!r} is asked for by many already; try again")
+        with self._awaited_lock:
+            self._awaited[model_id] += 1
         try:
             wait_s = _LONGEST_WAIT_S if remaining_s is None else min(remaining_s, _LONGEST_WAIT_S)
             self._reconciler.demand(model_id, wait_s)
         finally:
+            with self._awaited_lock:
+                self._awaited[model_id] -= 1
+                if not self._awaited[model_id]:
+                    del self._awaited[model_id]
             self._waiters.release()

@@ -192,16 +192,22 @@ def test_an_endpoint_of_which_none_is_ready_names_them_all(server: Server) -> No
     assert "b is Failed" in message
 
 
-@pytest.fixture
-def parked() -> Iterator[Server]:
-    """A server with one place to wait, and the declared model `m`, parked a second ago."""
-    server = Server(max_waiters=1)
+def with_a_parked_model(max_waiters: int) -> Server:
+    """A server whose declared model `m` was parked a second ago."""
+    server = Server(max_waiters=max_waiters)
     server.declare("m", keep_alive_s=10.0)
     server.settle()
     server.bench.clock.advance(11.0)
     server.settle()
     assert server.reconciler.status.phases["m"] == "Evicted"
     server.bench.clock.advance(1.0)
+    return server
+
+
+@pytest.fixture
+def parked() -> Iterator[Server]:
+    """The same, with one place to wait."""
+    server = with_a_parked_model(max_waiters=1)
     yield server
     server.reconciler.stop()
 
@@ -222,6 +228,32 @@ def test_a_request_that_meets_a_model_being_parked_brings_it_back() -> None:
     # No turn has ended since: the status still says what it said before.
     assert server.reconciler.status.phases["m"] == "Ready"
     assert server.answers("m") == "m"
+
+
+def test_a_request_joins_those_that_wait_while_the_model_loads() -> None:
+    parked = with_a_parked_model(max_waiters=2)
+    opened: list[str] = []
+
+    def ask() -> None:
+        with parked.backend.open("m", remaining_s=60.0) as target:
+            opened.append(target.model_id)
+
+    first = threading.Thread(target=ask)
+    first.start()
+
+    def loading() -> bool:
+        parked.reconciler.turn()
+        return parked.reconciler.status.phases.get("m") == "Loading"
+
+    eventually(loading, "its load is under way")
+    second = threading.Thread(target=ask)
+    second.start()
+    eventually(lambda: parked.backend._awaited["m"] == 2, "both wait")
+    parked.settle()
+    eventually(lambda: len(opened) == 2, "both are answered")
+    first.join()
+    second.join()
+    assert not parked.backend._awaited
 
 
 def test_more_requests_than_may_wait_answer_try_again(parked: Server) -> None:
