@@ -40,6 +40,7 @@ from splitlearn_manager.errors import (
     AdmissionError,
     InsufficientMemory,
     LoadError,
+    LoadTimeout,
     MaxModels,
     ModelNotFound,
     ModelUnavailable,
@@ -393,7 +394,7 @@ class ModelManager:
         request = self._request(spec, mb, may_evict=True)
         while (instance := self._try_admitted(request, spec, owner, mb)) is None:
             pass
-        self._wait(lambda: instance.state is not State.LOADING)
+        self._wait(lambda: _load_has_ended(instance))
         if instance.error is not None:
             raise instance.error
 
@@ -447,6 +448,14 @@ _ADMISSION_ERRORS: Mapping[str, type[AdmissionError]] = {
     "InsufficientMemory": InsufficientMemory,
     "MaxModels": MaxModels,
 }
+
+
+def _load_has_ended(instance: ManagedModel) -> bool:
+    """Whether it serves, or has failed and its memory is back (unless its loader is not to be waited for)."""
+    if instance.state is State.LOADING:
+        return False
+    given_up = isinstance(instance.error, LoadTimeout)
+    return instance.error is None or given_up or instance.state is State.GONE
 
 
 def _tell(listener: Callable[[], None]) -> None:

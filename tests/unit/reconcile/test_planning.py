@@ -85,7 +85,8 @@ class Node:
 def test_what_serves_as_wanted_gets_nothing() -> None:
     node = Node()
     node.serve("a")
-    assert node.made.actions == node.made.waiting == ()
+    assert not node.made.actions
+    assert not node.made.waiting
 
 
 def test_what_is_not_served_is_loaded_higher_priority_first() -> None:

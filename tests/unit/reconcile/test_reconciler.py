@@ -59,6 +59,9 @@ class Loop:
     def phase(self, model_id: str) -> Phase | None:
         return self.loop.status.phases.get(model_id)
 
+    def sync(self, model_id: str) -> object:
+        return self.loop.status.published[model_id]["sync"]
+
     def reason(self, model_id: str) -> object:
         return self.loop.status.published[model_id]["reason"]
 
@@ -280,11 +283,11 @@ def test_a_missing_directory_is_a_problem_and_changes_nothing(
         before, source_available=False, source_message="desired does not exist"
     )
     assert loop.settle().plan.actions == ()
-    assert loop.loop.status.published["a"]["sync"] == "Unknown"
+    assert loop.sync("a") == "Unknown"
     assert "desired does not exist" in caplog.text
     loop.source.state = before
     loop.settle()
-    assert loop.loop.status.published["a"]["sync"] == "Synced"
+    assert loop.sync("a") == "Synced"
 
 
 class RealLoop:
