@@ -128,7 +128,7 @@ def test_garbage_keeps_the_last_good_spec_serving(
     node: Node, sentinel: Sentinel, file: Path, content: bytes, place: str
 ) -> None:
     before = len(node.find("event=Problem"))
-    file.write_bytes(content)
+    replace_file(file, content)
     eventually(lambda: len(node.find("event=Problem")) > before, "the garbage is noticed")
     sentinel.passes()
     new = node.find("event=Problem")[before:]

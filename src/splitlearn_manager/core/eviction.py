@@ -188,7 +188,7 @@ def _refusal(
     def holders(of_device: bool) -> str:
         names = [
             f"{r.model_id} {r.mb:,.0f} MB" + (f" ({r.holding})" if r.holding else "")
-            for r in sorted(residents, key=lambda r: (-r.mb, r.model_id))
+            for r in sorted(residents, key=lambda r: (-r.mb, r.model_id, r.key))
             if not of_device or r.device == device
         ]
         return ", ".join(names) or "nobody"
