@@ -55,6 +55,9 @@ class ModelLoader:
         """
         import torch
 
+        from splitlearn_manager.core.loaders.torch_setup import TORCH_SETUP
+
+        TORCH_SETUP.ensure()
         try:
             # Weights made under inference_mode could never be trained; a caller may be in it.
             with torch.inference_mode(False), torch.enable_grad():

@@ -33,6 +33,7 @@ class SourceTree:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._elsewhere: set[str] = set()
         self.name = f"{_PREFIX}{uuid.uuid4().hex}"
         self._builtins = dict(vars(builtins), __import__=self._import)
         package = ModuleType(self.name)
@@ -84,10 +85,17 @@ class SourceTree:
         fromlist: Sequence[str] | None = (),
         level: int = 0,
     ) -> ModuleType:
-        """What `import` statements of the tree's modules call."""
+        """What `import` statements of the tree's modules call, and what C++ code imports for them.
+
+        The disk is asked once for each name that was found elsewhere: looking lets other threads
+        run, and code of torch that imports torch must not be interrupted (see `torch_setup`).
+        """
         top_level = name.partition(".")[0]
-        if level or not self._has(top_level):
-            return builtins.__import__(name, globals, locals, fromlist or (), level)
+        if level or top_level in self._elsewhere or not self._has(top_level):
+            found = builtins.__import__(name, globals, locals, fromlist or (), level)
+            if not level:
+                self._elsewhere.add(top_level)
+            return found
         inside = builtins.__import__(f"{self.name}.{name}", globals, locals, fromlist or (), 0)
         # `import a.b` binds `a`, and so does Python: the first part, here the one below the tree.
         return inside if fromlist else sys.modules[f"{self.name}.{top_level}"]
