@@ -4,18 +4,22 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+BENCH  := $(VENV)/.installed-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench stubs clean
+.PHONY: help run test check format bench chaos soak docs stubs clean
 
 help:
 	@echo 'make run     serve the models that desired/ declares'
 	@echo 'make test    make check, then every test'
 	@echo 'make check   formatting, lint, types, one-way imports'
 	@echo 'make format  format the code and fix what ruff can fix'
-	@echo 'make bench   measure edit-to-answer latency, request cost and memory'
+	@echo 'make bench   measure edit-to-answer latency, request cost, memory, and large directories'
+	@echo 'make chaos   real faults on real processes: STARTS=200 kills, swaps, full disks, dead watchers'
+	@echo 'make soak    MINUTES=10 of nothing changing: memory, files and threads must not grow'
+	@echo 'make docs    make docs/cli.md from the command line itself, with examples recorded beside a node'
 	@echo 'make stubs   generate the gRPC stubs from the .proto file'
 	@echo 'make clean   remove the virtual environment and all caches'
 
@@ -46,8 +50,21 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)
+$(BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[bench]'
+	@touch $@
+
+bench: $(BENCH)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s
+
+chaos: $(READY)
+	STARTS='$(STARTS)' SEED='$(SEED)' $(BIN)/python -m pytest tests/chaos -o python_files='chaos_*.py' -v -s
+
+soak: $(READY)
+	MINUTES='$(MINUTES)' $(BIN)/python -m pytest tests/soak -o python_files='soak_*.py' -q -s
+
+docs: $(READY)
+	cd tests && ../$(BIN)/python -m support.cli_examples ../docs/cli.md
 
 # From an older compiler than the installed one, in an environment of its own: generated code works with
 # every protobuf runtime that is as new or newer, and pyproject.toml promises 6.31.1.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
 
@@ -28,9 +29,13 @@ def log_event(
     log.log(level, "%s", line, extra={"fields": everything})
 
 
-def configure(level: str, form: LogFormat) -> None:
-    """Sends the project's logs to standard error; other libraries' only from WARNING up."""
-    handler = logging.StreamHandler(sys.stderr)
+def configure(level: str, form: LogFormat, write: Callable[[str, int], None] | None = None) -> None:
+    """Sends the project's logs to standard error; other libraries' only from WARNING up.
+
+    Args:
+        write: takes each line and its level instead, where something else is on the screen as well.
+    """
+    handler = logging.StreamHandler(sys.stderr) if write is None else _Through(write)
     if form is LogFormat.JSON:
         handler.setFormatter(_Json())
     else:
@@ -40,6 +45,20 @@ def configure(level: str, form: LogFormat) -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for name in ("splitlearn_manager", "splitlearn_comm"):
         logging.getLogger(name).setLevel(level)
+
+
+class _Through(logging.Handler):
+    """Hands each line to a function."""
+
+    def __init__(self, write: Callable[[str, int], None]) -> None:
+        super().__init__()
+        self._write = write
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._write(self.format(record), record.levelno)
+        except Exception:
+            self.handleError(record)
 
 
 def _value(value: object) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,9 +13,15 @@ import torch
 from ruamel.yaml import YAML
 from torch import nn
 
+from support.command_line import SCRIPT, lines_of, on_a_terminal, plain, reconcile
 from support.node import Node
 from support.served import constant, declare, replace_file, write_factory
 from support.waiting import eventually
+
+_COMMANDS = (
+    *("run", "once", "plan", "apply", "validate", "status", "wait", "events"),
+    *("explain", "history", "suspend", "resume", "retry", "schema"),
+)
 
 INVALID = """\
 model_id: crooked
@@ -27,17 +30,6 @@ device: cpu
 priority: 3
 max_memory_mb: "4gb"
 """
-
-
-def reconcile(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs `python -m splitlearn_manager.reconcile` with these arguments."""
-    command = [sys.executable, "-m", "splitlearn_manager.reconcile", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
-
-
-def lines_of(text: str) -> list[str]:
-    """The lines with each run of spaces as one, for what is said rather than how it is aligned."""
-    return [re.sub(r" {2,}", "  ", line.rstrip()) for line in text.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -120,24 +112,6 @@ def test_plan_as_json_and_as_yaml_says_the_same(directory: Path) -> None:
     assert 4.0 < device["after_mb"] == device["peak_mb"] < 6.0
 
 
-def test_plan_and_validate_load_neither_torch_nor_grpc(directory: Path) -> None:
-    code = (
-        "import sys\n"
-        "from splitlearn_manager.cli import reconcile_main\n"
-        "for command in ('plan', 'validate'):\n"
-        "    try:\n"
-        "        reconcile_main([command, sys.argv[1]])\n"
-        "    except SystemExit as end:\n"
-        "        assert end.code == 2, end.code\n"
-        "loaded = {'torch', 'grpc', 'transformers'} & set(sys.modules)\n"
-        "assert not loaded, loaded\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(directory)], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-
-
 def test_plan_beside_a_running_node_is_about_what_that_node_serves(tmp_path: Path) -> None:
     """And a model whose file is broken is kept by the node, so it is not said to be unloaded."""
     directory = tmp_path / "desired"
@@ -193,7 +167,7 @@ def test_validate_exits_0_when_all_is_valid_and_2_otherwise(
         "  coded  valid  coded.yaml:1",
         "  weighty  valid  weighty.yaml:1",
         '✗ crooked.yaml:5:16  max_memory_mb: expected an integer, got "4gb"',
-        "2 valid, 1 problems",
+        "2 valid, 1 problem",
     ]
     data = json.loads(reconcile("validate", "-o", "json", directory).stdout)
     assert data["valid"] == ["coded", "weighty"]
@@ -283,13 +257,13 @@ def test_help_lists_the_commands(arguments: list[str]) -> None:
     done = reconcile(*arguments)
     text = done.stdout + done.stderr
     assert "Usage: reconcile" in text
-    for command in ("run", "once", "plan", "validate", "schema"):
+    for command in _COMMANDS:
         assert re.search(rf"^ +{command} ", text, re.MULTILINE)
     assert "Traceback" not in text
 
 
 @pytest.mark.parametrize(
-    "arguments", [["plan", "--bogus", "."], ["--bogus", "."], ["plan", "-o", "csv", "."], ["plan"]]
+    "arguments", [["plan", "--bogus", "."], ["--bogus", "."], ["plan", "-o", "csv", "."]]
 )
 def test_what_is_not_understood_exits_2(arguments: list[str]) -> None:
     done = reconcile(*arguments)
@@ -302,10 +276,9 @@ def test_what_is_not_understood_exits_2(arguments: list[str]) -> None:
 
 
 def test_the_console_script_runs_the_same_commands(directory: Path) -> None:
-    script = Path(sys.executable).with_name("splitlearn-manager")
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([script, *arguments], capture_output=True, text=True, timeout=60)
+        return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, timeout=60)
 
     done = run("reconcile", "plan", str(directory))
     assert (done.returncode, done.stdout) == (2, reconcile("plan", directory).stdout)
@@ -313,39 +286,13 @@ def test_the_console_script_runs_the_same_commands(directory: Path) -> None:
     assert run("--help").returncode == 0
     unknown = run("serve")
     assert unknown.returncode == 2
-    assert "unknown command 'serve'" in unknown.stderr
-
-
-def on_a_terminal(*arguments: object) -> str:
-    """What the command writes to a terminal of 80 columns."""
-    ours, its = pty.openpty()
-    environment = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "splitlearn_manager.reconcile", *map(str, arguments)],
-        stdout=its,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        env={**environment, "TERM": "xterm-256color", "COLUMNS": "80"},
-    )
-    os.close(its)
-    written = b""
-    while True:
-        try:
-            piece = os.read(ours, 65536)
-        except OSError:  # Linux's way of saying that the other side was closed
-            break
-        if not piece:
-            break
-        written += piece
-    os.close(ours)
-    process.wait(60)
-    return written.decode()
+    assert "No such command 'serve'" in unknown.stderr
 
 
 def test_colour_is_for_terminals_only(directory: Path) -> None:
-    plain = reconcile("plan", directory).stdout
-    assert "\x1b" not in plain
+    piped = reconcile("plan", directory).stdout
+    assert "\x1b" not in piped
     coloured = on_a_terminal("plan", directory)
     assert "\x1b[32mload\x1b[0m" in coloured
-    assert re.sub(r"\x1b\[[0-9;]*m", "", coloured).replace("\r\n", "\n") == plain
+    assert plain(coloured) == piped
     assert "\x1b" not in on_a_terminal("plan", "-o", "json", directory)

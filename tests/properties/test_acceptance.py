@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from hypothesis.stateful import (
 from splitlearn_manager.config.files import DirEntry
 from splitlearn_manager.config.yaml_source import parse_models
 from splitlearn_manager.desired.source import DesiredSource
-from splitlearn_manager.desired.state import DesiredState
+from splitlearn_manager.desired.state import DesiredModel, DesiredState
 from support.desired_lab import ROOT, SETTLE_S, WEIGHTS, DesiredLab
 
 FILES = ("a.yaml", "b.yaml", "sub/c.yaml")
@@ -153,7 +153,7 @@ def is_settled(history: list[Truth], name: str) -> bool:
 
 
 def may_change(
-    history: list[Truth], before: DesiredState, model_id: str, priority: int
+    history: list[Truth], before: Mapping[str, DesiredModel], model_id: str, priority: int
 ) -> str | None:
     """Why an id must not have become a new spec at the last look; None when it may (I7)."""
     last = history[-1]
@@ -163,7 +163,7 @@ def may_change(
         return f"declared by {declared}"
     if declared[0][1] != priority:
         return f"declared with priority {declared[0][1]}"
-    old = before.models[model_id].source.file if model_id in before.models else ""
+    old = before[model_id].source.file if model_id in before else ""
     if old in last.files and old != declared[0][0] and not gave_up(history, old, model_id):
         if old not in settled:
             return f"{old} has not settled"
@@ -226,8 +226,17 @@ def lab_path(name: str) -> str:
     return f"{ROOT}/{name}"
 
 
+def remembered(state: DesiredState) -> dict[str, DesiredModel]:
+    """All that was accepted, whether or not a look has decided about it since the last start."""
+    return {**state.models, **state.undecided}
+
+
 class World(RuleBasedStateMachine):
-    """Three sources look at one directory: at each look, at each look with the listing reversed, seldom."""
+    """Three sources look at one directory: at each look, at each look with the listing reversed, seldom.
+
+    The first two are restarted now and then; the seldom one never is. `history` has the looks since the
+    last start, for a new process has seen nothing before.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,6 +280,17 @@ class World(RuleBasedStateMachine):
         if self.has(old) and old != new:
             self.lab.fs.rename(lab_path(old), lab_path(new))
 
+    @rule(model_id=st.sampled_from(IDS))
+    def suspend_or_resume(self, model_id: str) -> None:
+        self.lab.suspend(*({model_id} ^ self.lab.instructions.suspended))
+
+    @rule()
+    def restart(self) -> None:
+        self.lab.restart()
+        self.reversed = DesiredSource(ROOT, self.lab.fs, SETTLE_S)
+        self.reversed.restore(self.lab.recorded)
+        self.history = []
+
     # looking
 
     @rule(after=st.sampled_from((0.0, 0.05, 0.1, 0.2, SETTLE_S, 1.0)), seldom=st.integers(0, 4))
@@ -279,10 +299,10 @@ class World(RuleBasedStateMachine):
         before, self.state = self.state, self.lab.look()
         self.history.append(truth(self.lab))
         self.lab.fs.order = backwards
-        assert self.reversed.look(self.lab.now) == self.state  # I1
+        assert self.reversed.look(self.lab.now, self.lab.instructions) == self.state  # I1
         self.lab.fs.order = lambda entries: entries
         if seldom == 0:
-            self.seldom.look(self.lab.now)
+            self.seldom.look(self.lab.now, self.lab.instructions)
         self.judge(before)
 
     @rule()
@@ -298,7 +318,7 @@ class World(RuleBasedStateMachine):
         self.judge_end(self.state, end)
         for _ in range(3):  # I4: how often one looked before does not matter
             self.lab.pass_time(SETTLE_S)
-            seldom = self.seldom.look(self.lab.now)
+            seldom = self.seldom.look(self.lab.now, self.lab.instructions)
         self.judge_end(seldom, end)
         fresh = DesiredSource(ROOT, self.lab.fs, SETTLE_S)
         for _ in range(2):  # I15: nor does anything that was there before
@@ -309,24 +329,31 @@ class World(RuleBasedStateMachine):
     # judging
 
     def judge(self, before: DesiredState) -> None:
-        after, last = self.state, self.history[-1]
-        assert after.source_available == (last.root is not None)
-        for model_id in sorted({*before.models, *after.models}):
-            old, new = before.models.get(model_id), after.models.get(model_id)
+        state, last = self.state, self.history[-1]
+        assert state.source_available == (last.root is not None)
+        assert not state.models.keys() & state.undecided.keys()
+        assert state.undecided.keys() <= before.undecided.keys() or len(self.history) == 1
+        old_models, new_models = remembered(before), remembered(state)
+        for model_id in sorted({*old_models, *new_models}):
+            old, new = old_models.get(model_id), new_models.get(model_id)
             if new is None:
                 assert absence_is_proven(self.history, model_id), f"{model_id} was pruned"
+                assert model_id not in self.lab.instructions.suspended
             elif old is None or old.spec_hash != new.spec_hash:
                 priority = new.config.priority
-                why_not = may_change(self.history, before, model_id, priority)
+                why_not = may_change(self.history, old_models, model_id, priority)
                 assert why_not is None, f"{model_id} changed: {why_not}"
+                assert model_id not in self.lab.instructions.suspended
                 assert new.held is None
                 assert old is None or new.generation == old.generation + 1
+                assert new.seen_at <= new.accepted_at == last.now
             else:
                 assert (new.generation, new.config) == (old.generation, old.config)  # I12
-                assert new.accepted_at == old.accepted_at
+                assert (new.accepted_at, new.seen_at) == (old.accepted_at, old.seen_at)
 
     def judge_end(self, state: DesiredState, end: Truth) -> None:
         """At rest, where nothing is held for the sake of a fault, the files alone decide."""
+        assert not state.undecided
         if not end.complete or any(seen.faulty for seen in end.files.values()):
             return
         for model_id in IDS:
@@ -335,6 +362,8 @@ class World(RuleBasedStateMachine):
                 assert model_id in state.conflicts
                 continue
             assert model_id not in state.conflicts
+            if model_id in self.lab.instructions.suspended:
+                continue
             accepted = [m.config.priority for i, m in state.models.items() if i == model_id]
             assert accepted == declared
             assert all(state.models[model_id].held is None for _ in declared)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from splitlearn_manager.desired.source import DesiredSource
-from splitlearn_manager.desired.state import DesiredState
+from splitlearn_manager.desired.state import NO_INSTRUCTIONS, DesiredModel, DesiredState
 from support.fake_fs import FakeFileSystem
 
 ROOT = "/desired"
@@ -26,7 +28,11 @@ class DesiredLab:
         self.fs.mkdir("/weights")
         self.fs.write(WEIGHTS, b"weights")
         self.now = 100.0
+        self.settle_s = settle_s
         self.source = DesiredSource(ROOT, self.fs, settle_s)
+        self.instructions = NO_INSTRUCTIONS
+        self.recorded: tuple[DesiredModel, ...] = ()
+        """What a node would have written down after the last look."""
 
     def path(self, name: str) -> str:
         return f"{ROOT}/{name}"
@@ -48,7 +54,21 @@ class DesiredLab:
     def look(self, after: float = 0.0) -> DesiredState:
         """Look once, `after` seconds from now."""
         self.pass_time(after)
-        return self.source.look(self.now)
+        state = self.source.look(self.now, self.instructions)
+        self.recorded = (*state.models.values(), *state.undecided.values())
+        return state
+
+    def restart(self) -> None:
+        """A new process, which knows what the old one had written down after its last look."""
+        self.source = DesiredSource(ROOT, self.fs, self.settle_s)
+        self.source.restore(self.recorded)
+
+    def confirm(self, digest: str) -> None:
+        self.instructions = replace(self.instructions, confirmed_prune=digest)
+
+    def suspend(self, *model_ids: str) -> None:
+        """Suspend these and no others."""
+        self.instructions = replace(self.instructions, suspended=frozenset(model_ids))
 
     def settle(self, limit: int = 20) -> DesiredState:
         """Look as often as the state asks for, as the loop does, until nothing is pending."""

@@ -30,9 +30,14 @@ class _Node:
 
 
 class FakeFileSystem:
-    """See the module. `calls` counts list_dir, stat and read."""
+    """See the module. `calls` counts list_dir, stat and read.
 
-    def __init__(self) -> None:
+    Args:
+        lists_stats: listings carry the files' stats, as those of a real disk do.
+    """
+
+    def __init__(self, *, lists_stats: bool = False) -> None:
+        self.lists_stats = lists_stats
         self.now_ns = 1_000_000_000_000_000_000
         self.dev = 1
         self.calls = {"list_dir": 0, "stat": 0, "read": 0}
@@ -52,14 +57,20 @@ class FakeFileSystem:
         if node.kind != "dir":
             raise self._error(errno.ENOTDIR, path)
         entries = []
-        for name, child in node.children.items():
+        for name, child in list(node.children.items()):
             leads_to_dir = child.kind == "dir"
             if child.kind == "link":
                 try:
                     leads_to_dir = self._follow(f"{path}/{name}").kind == "dir"
                 except OSError:
                     leads_to_dir = False
-            entries.append(DirEntry(name, leads_to_dir, child.kind == "link"))
+            stat = None
+            if self.lists_stats and child.kind == "file" and not name.startswith("."):
+                try:
+                    stat = self.stat(f"{path}/{name}")
+                except OSError:
+                    stat = None
+            entries.append(DirEntry(name, leads_to_dir, child.kind == "link", stat))
         return self.order(entries)
 
     def stat(self, path: str) -> FileStat:

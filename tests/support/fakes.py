@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.resource_manager import ResourceManager
-from splitlearn_manager.desired.state import DesiredModel, DesiredState, SourceRef
+from splitlearn_manager.desired.state import (
+    NO_INSTRUCTIONS,
+    DesiredModel,
+    DesiredState,
+    Instructions,
+    SourceRef,
+)
 from splitlearn_manager.errors import LoadError
 
 
@@ -138,14 +144,51 @@ class Bench:
 
 
 class FakeSource:
-    """A directory without files: the desired models are what the test declares."""
+    """A directory without files: the desired models are what the test declares.
+
+    A model that is suspended keeps the spec that it had, until it is resumed.
+
+    Attributes:
+        looks: the instructions of each look.
+    """
 
     def __init__(self) -> None:
         self.state = DesiredState(source_available=True, complete=True)
+        self.looks: list[Instructions] = []
         self._generations: dict[str, int] = {}
+        self._accepted: dict[str, DesiredModel] = {}
 
-    def look(self, now: float) -> DesiredState:
-        return self.state
+    def restore(self, models: Iterable[DesiredModel]) -> None:
+        """What is declared already keeps the generation that it had; the rest is only counted on."""
+        for model in models:
+            model_id = model.config.model_id
+            declared = self.state.models.get(model_id)
+            new = declared is not None and declared.spec_hash != model.spec_hash
+            self._accepted[model_id] = model
+            self._generations[model_id] = model.generation + new
+            if declared is not None:
+                models_now = {
+                    **self.state.models,
+                    model_id: replace(declared, generation=self._generations[model_id]),
+                }
+                self.state = replace(self.state, models=models_now)
+
+    def look(self, now: float, instructions: Instructions = NO_INSTRUCTIONS) -> DesiredState:
+        self.looks.append(instructions)
+        models: dict[str, DesiredModel] = {}
+        for model_id, model in self.state.models.items():
+            if model_id in instructions.suspended:
+                kept = self._accepted.get(model_id, model)
+                if not kept.suspended:
+                    kept = replace(kept, suspended=True, held="suspended", weights=model.weights)
+                models[model_id] = kept
+            else:
+                models[model_id] = model
+        for model_id in instructions.suspended - models.keys():
+            if (kept := self._accepted.get(model_id)) is not None:
+                models[model_id] = replace(kept, suspended=True, held="suspended")
+        self._accepted = models
+        return replace(self.state, models=models)
 
     def declare(self, config: ModelConfig, *, at: float, weights: str | None = "w0") -> None:
         """Accepts a config (a new generation if its spec is new) with these weights."""

@@ -10,12 +10,14 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from splitlearn_comm import GRPCComputeClient
 from support.waiting import eventually
+
+_ENDED = ["ended"]
 
 
 class Node:
@@ -24,10 +26,20 @@ class Node:
     Args:
         directory: made if it does not exist.
         settings: keys of server.yaml besides the ports, which the system chooses.
+        environment: variables that the process gets besides those of the tests.
+        launcher: a command that the node's own is appended to; it must end in an exec of it.
     """
 
-    def __init__(self, directory: Path, settings: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        settings: Mapping[str, object] | None = None,
+        environment: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
+    ) -> None:
         self.directory = directory
+        self._environment = dict(environment or {})
+        self._launcher = tuple(launcher)
         directory.mkdir(exist_ok=True)
         values = {"port": 0, "metrics_port": 0, **(settings or {})}
         (directory / "server.yaml").write_text(json.dumps(values))
@@ -35,12 +47,29 @@ class Node:
         self.printed: list[str] = []
 
     def __enter__(self) -> Node:
+        self.spawn()
+        try:
+            serving = eventually(self._serving_or_ended, "the node serves", 60)
+            assert serving != _ENDED, f"the node ended with exit code {self.process.returncode}"
+        except BaseException:
+            self.kill()
+            print("\n".join(self.lines[-60:]))
+            raise
+        fields = dict(part.split("=", 1) for part in serving[0].split() if "=" in part)
+        self.address, self.http = fields["grpc"], fields["http"]
+        return self
+
+    def spawn(self) -> None:
+        """Starts the process, and waits for nothing; `with` does both."""
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "splitlearn_manager.reconcile", str(self.directory)],
+            [
+                *self._launcher,
+                *(sys.executable, "-m", "splitlearn_manager.reconcile", str(self.directory)),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **self._environment},
         )
         self._readers = [
             threading.Thread(target=self._read, args=pair, daemon=True)
@@ -48,10 +77,6 @@ class Node:
         ]
         for reader in self._readers:
             reader.start()
-        serving = eventually(lambda: self.find("event=Serving "), "the node serves", 60)
-        fields = dict(part.split("=", 1) for part in serving[0].split() if "=" in part)
-        self.address, self.http = fields["grpc"], fields["http"]
-        return self
 
     def __exit__(
         self,
@@ -72,6 +97,10 @@ class Node:
         with stream:  # type: ignore[attr-defined]
             for line in stream:  # type: ignore[attr-defined]
                 into.append(line.rstrip("\n"))
+
+    def _serving_or_ended(self) -> list[str]:
+        ended = self.process.poll() is not None
+        return self.find("event=Serving ") or (_ENDED if ended else [])
 
     def find(self, text: str) -> list[str]:
         """The lines logged so far that contain `text`."""
@@ -111,6 +140,11 @@ class Node:
 
     def client(self) -> GRPCComputeClient:
         return GRPCComputeClient(self.address)
+
+    def kill(self) -> None:
+        """SIGKILL: the process ends at once, in the middle of whatever it does."""
+        self.process.kill()
+        self.process.wait(60)
 
     def stop(self) -> int:
         """SIGTERM; the exit code."""

@@ -1,34 +1,35 @@
 """The command line. `python -m splitlearn_manager.reconcile …` and `splitlearn-manager reconcile …`.
 
-Commands that need no node (`plan`, `validate`, `schema`) load no torch.
+Only `run` and `once` load torch.
 """
 
 from __future__ import annotations
 
 import sys
 
+_COMPLETION = ("--install-completion", "--show-completion")
+
 
 def reconcile_main(args: list[str] | None = None) -> None:
     """Runs `reconcile` with the given arguments, by default the process's own."""
-    from splitlearn_manager.cli.reconcile import app
+    from splitlearn_manager.cli.reconcile import reconcile_app
 
-    app(args=args, prog_name="reconcile")
+    arguments = sys.argv[1:] if args is None else args
+    if arguments[:1] and arguments[0] in _COMPLETION:
+        # What a shell completes is the console script: `python -m …` is Python's to complete.
+        _program(arguments)
+    reconcile_app()(args=arguments, prog_name="reconcile")
 
 
 def main() -> None:
     """The console script `splitlearn-manager`."""
-    from splitlearn_manager.version import VERSION
-
-    usage = (
-        "usage: splitlearn-manager reconcile [COMMAND] DIRECTORY …   (reconcile --help lists all)"
-    )
     arguments = sys.argv[1:]
-    if arguments[:1] == ["reconcile"]:
-        reconcile_main(arguments[1:])
-    elif arguments[:1] == ["--version"]:
-        print(f"splitlearn-manager {VERSION}")
-    elif not arguments or arguments[0] in ("-h", "--help"):
-        print(usage)
-    else:
-        print(f"unknown command {arguments[0]!r}\n{usage}", file=sys.stderr)
-        sys.exit(2)
+    if arguments[:1] == ["reconcile"] and arguments[1:2] and arguments[1] in _COMPLETION:
+        arguments = arguments[1:]
+    _program(arguments)
+
+
+def _program(arguments: list[str]) -> None:
+    from splitlearn_manager.cli.reconcile import program_app
+
+    program_app()(args=arguments, prog_name="splitlearn-manager")

@@ -7,21 +7,27 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from splitlearn_manager.cli.render import console, status_lines
+from rich.text import Text
+
+from splitlearn_manager.cli.finding import interpreter
+from splitlearn_manager.cli.render import print_lines
+from splitlearn_manager.cli.status_view import summary_lines
+from splitlearn_manager.cli.terminal import Screen, moving_console, show_cursor
 from splitlearn_manager.config.server_config import ServerConfig
 from splitlearn_manager.desired.state import DesiredState
-from splitlearn_manager.reconcile.reconciler import Turn
+from splitlearn_manager.logs import LogFormat, configure
 from splitlearn_manager.server.managed_server import ManagedServer
 
 _LOOK_FOR_SIGNALS_S = 0.1
 
 
-def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
+def serve(directory: Path, settings: ServerConfig, log_format: LogFormat, *, live: bool) -> None:
     """Serves the directory until SIGTERM or SIGINT, then drains. A second signal exits at once.
 
     Args:
@@ -29,11 +35,23 @@ def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
 
     Raises ServerError if it cannot start.
     """
-    server = ManagedServer(settings, directory=directory, live_settings=live)
     signals = _Signals()
+    with _on_screen(settings, log_format) as screen:
+        server = ManagedServer(
+            settings,
+            directory=directory,
+            live_settings=live,
+            on_progress=screen.files_read if screen is not None else None,
+        )
+        if screen is not None:
+            screen.follow(server.model_manager)
+        _serve(server, signals, screen.print_lines if screen is not None else print_lines)
+
+
+def _serve(server: ManagedServer, signals: _Signals, say: Callable[[Iterable[Text]], None]) -> None:
     server.start()
     announcer = threading.Thread(
-        target=_announce_when_ready, args=(server, signals), name="announce", daemon=True
+        target=_announce_when_ready, args=(server, signals, say), name="announce", daemon=True
     )
     announcer.start()
     signals.wait()
@@ -44,20 +62,37 @@ def serve(directory: Path, settings: ServerConfig, *, live: bool) -> None:
 
 
 def converge(
-    directory: Path, settings: ServerConfig
+    directory: Path, settings: ServerConfig, log_format: LogFormat
 ) -> tuple[DesiredState, list[Mapping[str, object]]]:
-    """Loads what the directory declares, reports, and unloads it again; nothing is served."""
-    server = ManagedServer(settings, directory=directory)
-    turns: list[Turn] = []
+    """Loads what the directory declares, reports, and unloads it again; nothing is served.
 
-    def settled(turn: Turn) -> bool:
-        turns[:] = [turn]
-        return turn.settled
+    Raises ServerError if a node serves the directory.
+    """
+    with _on_screen(settings, log_format) as screen:
+        on_progress = screen.files_read if screen is not None else None
+        server = ManagedServer(settings, directory=directory, on_progress=on_progress)
+        if screen is not None:
+            screen.follow(server.model_manager)
+        try:
+            return server.converge()
+        finally:
+            server.stop()
 
-    server.reconciler.run(until=settled)
-    statuses = list(server.reconciler.status.published.values())
-    server.stop()
-    return turns[0].desired, statuses
+
+@contextmanager
+def _on_screen(settings: ServerConfig, log_format: LogFormat) -> Iterator[Screen | None]:
+    """The screen, if standard error is a terminal; the log goes there, or to standard error as lines."""
+    terminal = moving_console()
+    if terminal is None:
+        configure(settings.log_level, log_format)
+        yield None
+        return
+    screen = Screen(terminal)
+    configure(settings.log_level, log_format, screen.write)
+    try:
+        yield screen
+    finally:
+        screen.close()
 
 
 def leave(code: int) -> NoReturn:
@@ -93,27 +128,30 @@ class _Signals:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.received:
+            show_cursor()
             os._exit(128 + number)
         self.received = True
 
 
-def _announce_when_ready(server: ManagedServer, signals: _Signals) -> None:
+def _announce_when_ready(
+    server: ManagedServer, signals: _Signals, say: Callable[[Iterable[Text]], None]
+) -> None:
     """Once converged, tells a person what is served and what to type next."""
     if not server.reconciler.wait_converged(lambda: signals.received):
         return
     statuses = list(server.reconciler.status.published.values())
-    out = console()
-    for line in status_lines(statuses):
-        out.print(line)
     ready = sum(status["phase"] == "Ready" for status in statuses)
     where = f"{server.config.host}:{server.port}"
-    out.print(f"Serving {ready} of {len(statuses)} models on {where}.")
+    lines = [
+        *summary_lines(statuses),
+        Text(f"Serving {ready} of {len(statuses)} models on {where}."),
+    ]
     if server.config.enable_monitoring:
         base = f"http://{server.config.host}:{server.metrics_port}"
-        out.print(f"Status: {base}/api/v1/models   metrics: {base}/metrics")
+        lines.append(Text(f"Status: {base}/api/v1/models   metrics: {base}/metrics"))
     if (example := _example_call(server, where)) is not None:
-        out.print("Ask it something, in a second terminal:")
-        out.print(f"  {example}", soft_wrap=True)
+        lines += [Text("Ask it something, in a second terminal:"), Text(f"  {example}")]
+    say(lines)
     sys.stdout.flush()
 
 
@@ -131,11 +169,5 @@ def _example_call(server: ManagedServer, address: str) -> str | None:
             "import torch; from splitlearn_comm import GRPCComputeClient as Client; "
             f"print(Client('{address}').compute({tensor}, '{instance.model_id}'))"
         )
-        return f'{_interpreter()} -c "{code}"'
+        return f'{interpreter()} -c "{code}"'
     return None
-
-
-def _interpreter() -> str:
-    """This Python as a person would type it here."""
-    here = os.path.relpath(sys.executable)
-    return here if not here.startswith("..") else sys.executable

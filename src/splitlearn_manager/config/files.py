@@ -15,28 +15,11 @@ import contextlib
 import errno
 import os
 import stat as stat_module
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
-@dataclass(frozen=True)
-class DirEntry:
-    """One name in a directory.
-
-    Attributes:
-        name: the bare name.
-        is_dir: whether it is a directory, or a symlink that leads to one.
-        is_symlink: whether the name itself is a symlink (dangling or not).
-    """
-
-    name: str
-    is_dir: bool
-    is_symlink: bool
-
-
-@dataclass(frozen=True)
-class FileStat:
+class FileStat(NamedTuple):
     """What identifies the content of a file, symlinks followed; sizes in bytes, times in ns."""
 
     dev: int
@@ -49,7 +32,24 @@ class FileStat:
     @property
     def fingerprint(self) -> tuple[int, int, int, int, int]:
         """(dev, inode, size, mtime_ns, ctime_ns): equal until somebody writes to the file."""
-        return (self.dev, self.inode, self.size, self.mtime_ns, self.ctime_ns)
+        return self[:5]
+
+
+class DirEntry(NamedTuple):
+    """One name in a directory.
+
+    Attributes:
+        name: the bare name.
+        is_dir: whether it is a directory, or a symlink that leads to one.
+        is_symlink: whether the name itself is a symlink (dangling or not).
+        stat: of a file, what `FileSystem.stat` would say; None where it would have to be asked (for
+            directories, symlinks and names that begin with a dot), and where asking failed.
+    """
+
+    name: str
+    is_dir: bool
+    is_symlink: bool
+    stat: FileStat | None = None
 
 
 class FileSystem(Protocol):
@@ -73,18 +73,10 @@ class RealFileSystem:
 
     def list_dir(self, path: str) -> list[DirEntry]:
         with os.scandir(path) as entries:
-            return [DirEntry(e.name, _leads_to_directory(e), e.is_symlink()) for e in entries]
+            return [_dir_entry(entry) for entry in entries]
 
     def stat(self, path: str) -> FileStat:
-        found = os.stat(path)
-        return FileStat(
-            dev=found.st_dev,
-            inode=found.st_ino,
-            size=found.st_size,
-            mtime_ns=found.st_mtime_ns,
-            ctime_ns=found.st_ctime_ns,
-            is_dir=stat_module.S_ISDIR(found.st_mode),
-        )
+        return _file_stat(os.stat(path))
 
     def read(self, path: str, limit: int) -> bytes:
         # O_NONBLOCK: opening a named pipe would otherwise wait for ever for a writer.
@@ -96,6 +88,27 @@ class RealFileSystem:
             if not stat_module.S_ISREG(mode):
                 raise OSError(errno.EINVAL, "Not a regular file", path)
             return file.read(limit)
+
+
+def _file_stat(found: os.stat_result) -> FileStat:
+    return FileStat(
+        found.st_dev,
+        found.st_ino,
+        found.st_size,
+        found.st_mtime_ns,
+        found.st_ctime_ns,
+        stat_module.S_ISDIR(found.st_mode),
+    )
+
+
+def _dir_entry(entry: os.DirEntry[str]) -> DirEntry:
+    is_symlink, is_dir = entry.is_symlink(), _leads_to_directory(entry)
+    if is_symlink or is_dir or entry.name.startswith("."):
+        return DirEntry(entry.name, is_dir, is_symlink)
+    try:
+        return DirEntry(entry.name, False, False, _file_stat(entry.stat(follow_symlinks=False)))
+    except OSError:
+        return DirEntry(entry.name, False, False)  # whoever asks for it gets the error
 
 
 def _leads_to_directory(entry: os.DirEntry[str]) -> bool:

@@ -220,7 +220,7 @@ def _files_below(path: str, fs: FileSystem) -> Iterator[tuple[str, FileStat]]:
             if entry.name.startswith(".") or entry.name == "__pycache__":
                 continue
             child = os.path.join(directory, entry.name)
-            stat = fs.stat(child)
+            stat = entry.stat or fs.stat(child)
             if not stat.is_dir:
                 count += 1
                 yield child, stat

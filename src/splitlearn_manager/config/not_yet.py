@@ -35,10 +35,7 @@ MODEL_NOT_YET: Mapping[str, NotYet] = {
     "rollout": NotYet((None,), "roll a new version out step by step"),
 }
 
-SERVER_NOT_YET: Mapping[str, NotYet] = {
-    "prune_guard_percent": NotYet((50.0,), "guard against unloading many models at once"),
-    "state_dir": NotYet((None,), "keep its state across restarts"),
-}
+SERVER_NOT_YET: Mapping[str, NotYet] = {}
 
 
 def refuse_not_yet(rows: Mapping[str, NotYet], key: str, value: object) -> None:

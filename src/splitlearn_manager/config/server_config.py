@@ -17,10 +17,9 @@ from pydantic import (
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    PrivateAttr,
     ValidationError,
-    ValidationInfo,
     WithJsonSchema,
-    field_validator,
     model_validator,
 )
 
@@ -38,7 +37,6 @@ from splitlearn_manager.config.fields import (
 from splitlearn_manager.config.mistakes import Path as KeyPath
 from splitlearn_manager.config.mistakes import expectation
 from splitlearn_manager.config.model_path import is_factory
-from splitlearn_manager.config.not_yet import SERVER_NOT_YET, refuse_not_yet
 
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 ROUTING_STRATEGIES = ("round_robin", "least_loaded", "random")
@@ -52,6 +50,7 @@ LIVE_KEYS = frozenset(
         "log_level",
         "settle_s",
         "resync_s",
+        "prune_guard_percent",
         "max_parallel_loads",
     }
 )
@@ -61,6 +60,11 @@ LIVE_KEYS = frozenset(
 def _upper_case(value: object) -> object:
     upper = value.upper() if isinstance(value, str) else None
     return upper if upper in LOG_LEVELS else value
+
+
+def _path_as_text(value: object) -> object:
+    """`pathlib.Path` is welcome from Python."""
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _check_routing(value: str) -> str:
@@ -137,8 +141,11 @@ class ServerConfig(BaseModel):
     """Share of at least three managed models that must be confirmed to be unloaded at once."""
     max_parallel_loads: Count = 2
     """How many models are loaded at the same time."""
-    state_dir: Text | None = None
-    """Directory that keeps last good specs across restarts."""
+    state_dir: Annotated[Text, BeforeValidator(_path_as_text)] | None = None
+    """Directory of the node's own, which keeps last good specs across restarts; relative to this file.
+    null: one for each desired directory, under `$XDG_STATE_HOME/splitlearn-manager`."""
+
+    _base_dir: Path | None = PrivateAttr(default=None)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -148,11 +155,19 @@ class ServerConfig(BaseModel):
         except ValidationError as error:
             raise config_error(error, cls, _where_it_belongs) from None
 
-    @field_validator(*SERVER_NOT_YET)
-    @classmethod
-    def _refuse_not_yet(cls, value: object, info: ValidationInfo) -> object:
-        refuse_not_yet(SERVER_NOT_YET, info.field_name or "", value)
-        return value
+    @property
+    def resolved_state_dir(self) -> Path | None:
+        """`state_dir` as an absolute path, relative to the file that it stands in; None without it."""
+        if self.state_dir is None:
+            return None
+        base = self._base_dir or Path.cwd()
+        return Path(os.path.abspath(base / os.path.expanduser(self.state_dir)))
+
+    def with_base_dir(self, path: str | os.PathLike[str] | None) -> Self:
+        """The same config, with a relative `state_dir` starting from `path`."""
+        copy = self.model_copy()
+        copy._base_dir = None if path is None else Path(os.path.abspath(path))
+        return copy
 
     @classmethod
     def from_yaml(cls, path: str | os.PathLike[str]) -> ServerConfig:
@@ -163,7 +178,7 @@ class ServerConfig(BaseModel):
         """
         from splitlearn_manager.config.yaml_source import read_server
 
-        return read_server(Path(path))
+        return read_server(Path(path)).with_base_dir(Path(path).parent)
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
         """Write the config; an existing file keeps its comments and order, and what still holds.
@@ -175,6 +190,14 @@ class ServerConfig(BaseModel):
         from splitlearn_manager.config.yaml_writer import write_server
 
         write_server(self, Path(path))
+
+    def __eq__(self, other: object) -> bool:
+        # The base directory says where the text came from, not what it says.
+        if not isinstance(other, ServerConfig):
+            return NotImplemented
+        return self.__dict__ == other.__dict__
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 RESTART_KEYS = frozenset(ServerConfig.model_fields) - LIVE_KEYS

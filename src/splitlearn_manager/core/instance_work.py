@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CLOSE_AGAIN_S = 1.0
+
 
 class InstanceWork:
     """See the module's text. `on_event` is called outside all locks."""
@@ -52,7 +54,10 @@ class InstanceWork:
         self._on_event = on_event
 
     def watch_time_limits(self) -> float | None:
-        """Gives up loads and reports drains that take too long; seconds until the next is due."""
+        """Gives up loads and reports drains that take too long, and starts what could not be started.
+
+        Returns the seconds until it is due again.
+        """
         now = self._clock.now()
         due: list[float] = []
         for instance in self._instances.all():
@@ -62,6 +67,9 @@ class InstanceWork:
                     due.append(left)
                 else:
                     self._give_up(instance)
+            elif instance.state is State.UNLOADING and instance.idle and not instance.close_started:
+                self.close_if_drained(instance)
+                due.append(_CLOSE_AGAIN_S)
             elif instance.state is State.UNLOADING and not instance.drain_overdue:
                 left = (instance.draining_since_s or now) + instance.config.drain_timeout_s - now
                 if left > 0:
@@ -85,7 +93,12 @@ class InstanceWork:
     def load(self, instance: ManagedModel) -> None:
         """Starts the load of a LOADING instance."""
         self.report(EventKind.LOADING, instance, "Loading", f"loading on {instance.device}")
-        self._executor.start(f"load-{instance.key}", lambda: self._load(instance))
+        try:
+            self._executor.start(f"load-{instance.key}", lambda: self._load(instance))
+        except Exception as error:
+            message = f"model {instance.model_id!r}: its load could not be started: {error}"
+            self._failed(instance, LoadError(message))
+            self._discard(instance, None)
 
     def _load(self, instance: ManagedModel) -> None:
         """The work of one load; runs beside everything else."""
@@ -142,7 +155,14 @@ class InstanceWork:
         """Starts the closing of an UNLOADING instance once its last lease is back."""
         if self._instances.claim_close(instance):
             running = instance.running
-            self._executor.start(f"close-{instance.key}", lambda: self._close(instance, running))
+            try:
+                self._executor.start(
+                    f"close-{instance.key}", lambda: self._close(instance, running)
+                )
+            except Exception:
+                # Not in this thread instead: closing may take long. `watch_time_limits` tries again.
+                log.exception("event=CloseNotStarted model=%s", instance.model_id)
+                self._instances.return_close(instance)
 
     def _close(self, instance: ManagedModel, running: RunningModel | None) -> None:
         was_ready = instance.ready_since_s is not None

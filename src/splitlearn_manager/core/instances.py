@@ -140,7 +140,7 @@ class Instances:
             instance.open_for_leases()
             old = self._current.get(instance.model_id)
             self._current[instance.model_id] = instance
-            self._note_outcome(spec, None)
+            self._note_outcome(instance.owner, spec, None)
             self._publish()
             if old is not None:
                 self._drain(old, "Replaced")
@@ -154,7 +154,7 @@ class Instances:
                 return False
             instance.error = error
             self._move(instance, State.FAILED)
-            self._note_outcome(instance.spec, error)
+            self._note_outcome(instance.owner, instance.spec, error)
         self._on_change()
         return True
 
@@ -209,6 +209,11 @@ class Instances:
             instance.close_started = True
             return True
 
+    def return_close(self, instance: ManagedModel) -> None:
+        """Whoever claimed the close could not start it: somebody else may."""
+        with self._lock:
+            instance.close_started = False
+
     def gone(self, instance: ManagedModel) -> ManagedModel | None:
         """UNLOADING → GONE: the reservation is back. Gives the successor's instance, now LOADING."""
         with self._lock:
@@ -221,6 +226,7 @@ class Instances:
             if successor is not None:
                 if self._ledger.shortfall(successor.device, successor.mb):
                     self._note_outcome(
+                        instance.owner,
                         successor.spec,
                         InsufficientMemory(
                             "the limits were lowered while the old version unloaded"
@@ -294,7 +300,7 @@ class Instances:
     def _publish(self) -> None:
         self.table = build_table((i, i.config.effective_endpoint) for i in self._current.values())
 
-    def _note_outcome(self, spec: ModelSpec, error: SplitlearnError | None) -> None:
+    def _note_outcome(self, owner: Owner, spec: ModelSpec, error: SplitlearnError | None) -> None:
         self._outcomes[spec.model_id] = LoadOutcome(
             model_id=spec.model_id,
             serial=next(self._serial),
@@ -303,6 +309,7 @@ class Instances:
             message=error.message if error else "",
             terminal=isinstance(error, TerminalLoadError),
             at_s=self._clock.now(),
+            owner=owner,
         )
 
     def _views(self) -> tuple[InstanceView, ...]:

@@ -148,14 +148,17 @@ class ModelManager:
             self._work.load(instance)
         return instance
 
-    def begin_replace(self, spec: ModelSpec, device: str, mb: float) -> bool:
+    def begin_replace(
+        self, spec: ModelSpec, device: str, mb: float, *, key: str | None = None
+    ) -> bool:
         """Starts an update by recreate: drain and unload what serves, then load `spec` in its room.
 
-        False, with nothing touched, if the model is not served or the new version would not fit.
+        False, with nothing touched, if nothing (or not `key`) serves the model, or the new version
+        would not fit.
         """
         self._refuse_when_closing()
         instance = self._instances.begin_unload(
-            spec.model_id, "Recreate", successor=Successor(spec, device, mb)
+            spec.model_id, "Recreate", key=key, successor=Successor(spec, device, mb)
         )
         if instance is not None:
             self._work.close_if_drained(instance)

@@ -47,6 +47,7 @@ class LoadOutcome:
     message: str
     terminal: bool
     at_s: float
+    owner: Owner = Owner.DIRECTORY
 
     @property
     def ok(self) -> bool:

@@ -3,7 +3,9 @@
     scanner       what lies in the directory now, and whether that is all of it
     settle        two looks at least settle_s apart that agree
     tracked_file  one file's life: seen, settled, read, changed, gone
-    acceptance    all files together: who declares which model, what is held, what is gone
+    claims        who declares which model: accepted, in conflict, in doubt, missing
+    absence       how many may go at once: the prune guard
+    acceptance    all files together: what is desired, what is held, what is gone
     weights       the same rule for the files behind model_path
     source        these joined: look(now) → DesiredState
     watcher       wakes the loop up when something may have changed; decides nothing

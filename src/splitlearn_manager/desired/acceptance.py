@@ -1,18 +1,22 @@
 """Which desired state the scans of a directory prove: the decisions, without files, clock or threads.
 
 `Acceptance.observe` takes one scan and returns the desired state so far. For each model id it asks who
-claims it: *firm* claims are valid documents of settled files; *kept* claims come from files that declared
-the id last and are in doubt now (changing, invalid, unreadable, out of sight, gone for too short a time).
+claims it (`claims`), and for those that nobody claims whether they may go (`absence`):
 
-    one firm claim, no other                    accepted; a new generation if the spec's hash is new
-    the same, and a doubtful file's old claim   held, until the doubt is over
-    several firm or lastingly kept claims       conflict: held, a problem for each of them
-    kept claims only                            held: an id's only source may be about to come back
-    no claim                                    pruned, if its absence is proven; else held
+    one settled, valid declaration    accepted; a new generation if the spec's hash is new
+    in doubt, in conflict, suspended  held: same generation, same config, whatever the files say
+    absent, proven by all files       pruned, together with all that went at the same time
+    absent, and too many at once      held until somebody confirms it
 
-Held means: same generation, same config, whatever the files say; for an id that was never accepted it
-means that it is not accepted yet. Absence is proven when two complete scans of the same directory, at
-least `settle_s` apart, saw the same files, and none of them declares the id or could mean to.
+For an id that was never accepted, held means that it is not accepted yet. Absence is proven when two
+complete scans of the same directory, at least `settle_s` apart, saw the same files and the same ids
+missing, and none of the files declares such an id or could mean to.
+
+Only ids whose claims may have changed, and those that are not plainly accepted, are judged anew; when
+a scan says the same as the last one and nothing is pending, the answer is the very same object.
+
+What an earlier process had accepted (`restore`) is held like anything else, but only named as
+`undecided` until the files have been looked at: a model that no file declares is not loaded first.
 
 Never reads a file that has not settled for anything but a hint, never drops an id because of something
 that could not be looked at, and never depends on the order in which files are listed.
@@ -21,92 +25,49 @@ that could not be looked at, and never depends on the order in which files are l
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.config.server_config import ServerConfig
-from splitlearn_manager.config.yaml_source import Problem, parse_models, parse_server
-from splitlearn_manager.desired.scanner import SERVER_FILE, Scan, printable
-from splitlearn_manager.desired.settle import Settling
-from splitlearn_manager.desired.state import DesiredModel, DesiredState, SourceRef
-from splitlearn_manager.desired.tracked_file import (
-    Declaration,
-    Doubt,
-    Read,
-    Reading,
-    Stat,
-    TrackedFile,
+from splitlearn_manager.config.yaml_source import Problem
+from splitlearn_manager.desired.absence import Absence
+from splitlearn_manager.desired.claims import Verdict, judge
+from splitlearn_manager.desired.reading import ModelParser
+from splitlearn_manager.desired.scanner import Scan, printable
+from splitlearn_manager.desired.server_file import ServerFile
+from splitlearn_manager.desired.state import (
+    NO_INSTRUCTIONS,
+    DesiredModel,
+    DesiredState,
+    Instructions,
+    PruneGuard,
+    SourceRef,
 )
+from splitlearn_manager.desired.tracked_file import Declaration, Read, Stat
+from splitlearn_manager.desired.tracking import Progress, Tracking
+
+UNDECIDED_SETTLES = 20
+UNDECIDED_SCANS = 4
+"""A restored model that is still in doubt after so many settle times and scans is desired: whatever
+keeps changing in the directory must not keep it from serving."""
 
 
-@dataclass(frozen=True)
-class KeptClaim:
-    """A file that is in doubt declared the id there when it was last known to be right."""
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What one scan is judged by: two that are equal, with nothing pending, have one answer."""
 
-    ref: SourceRef
-    doubt: Doubt
+    scan: Scan
+    suspended: frozenset[str]
+    confirmed_prune: str
+    settle_s: float
+    prune_guard_percent: float
 
-
-@dataclass(frozen=True)
-class Claims:
-    """All that the files say about one id."""
-
-    firm: tuple[Declaration, ...] = ()
-    kept: tuple[KeptClaim, ...] = ()
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the claims on one id mean: exactly one of `accept` and `hold`, or none when nobody claims it.
-
-    Attributes:
-        accept: the declaration that stands.
-        hold: why the id stays as it was.
-        conflict: the declarations that contradict each other.
-    """
-
-    accept: Declaration | None = None
-    hold: str | None = None
-    conflict: tuple[SourceRef, ...] = ()
-
-
-def claims_of(files: Iterable[TrackedFile]) -> dict[str, Claims]:
-    """Who claims which id. `files` in a fixed order, so that equal states read equal."""
-    claims: dict[str, Claims] = {}
-    for file in files:
-        firm = {found.config.model_id for found in file.declarations}
-        for found in file.declarations:
-            model_id = found.config.model_id
-            before = claims.get(model_id, Claims())
-            claims[model_id] = Claims((*before.firm, found), before.kept)
-        doubt = file.doubt
-        for model_id, ref in file.kept.items() if doubt else ():
-            if doubt and model_id not in firm:
-                before = claims.get(model_id, Claims())
-                claims[model_id] = Claims(before.firm, (*before.kept, KeptClaim(ref, doubt)))
-    return claims
-
-
-def judge(claims: Claims, current: DesiredModel | None, *, was_contested: bool) -> Verdict:
-    """Decide about one id.
-
-    A passing doubt (a file that is being edited, or was renamed a moment ago) is no conflict; but a
-    conflict that was there before does not end by it either.
-    """
-    rivals = [kept.ref for kept in claims.kept if kept.doubt.lasting or was_contested]
-    refs = tuple(sorted([*(found.ref for found in claims.firm), *rivals]))
-    if len(refs) > 1:
-        places = " and ".join(str(ref) for ref in refs)
-        return Verdict(hold=f"declared more than once: {places}", conflict=refs)
-    if claims.firm:
-        found = claims.firm[0]
-        if not claims.kept or (current and current.spec_hash == found.spec_hash):
-            return Verdict(accept=found)
-    if claims.kept:
-        return Verdict(hold=claims.kept[0].doubt.why)
-    return Verdict()
+    @property
+    def outage(self) -> str | None:
+        """Why nothing at all is known of the directory; None when something is."""
+        return self.scan.error if self.scan.root is None else None
 
 
 class Acceptance:
@@ -116,21 +77,77 @@ class Acceptance:
         settle_s: seconds that two agreeing looks must be apart; may be changed between two scans.
         root: the desired directory, which relative paths inside the files are resolved against;
             None for the current working directory.
+        prune_guard_percent: see `Absence`; may be changed between two scans.
+        on_progress: see `Tracking`.
     """
 
-    def __init__(self, settle_s: float, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        settle_s: float,
+        root: Path | None = None,
+        prune_guard_percent: float = 50.0,
+        on_progress: Progress | None = None,
+    ) -> None:
         self.settle_s = settle_s
         self._root = root
-        self._files: dict[str, TrackedFile] = {}
-        self._server_file = TrackedFile(SERVER_FILE)
-        self._server: ServerConfig | None = None
-        self._run: Settling[tuple[int, int] | None] = Settling()  # complete scans of one directory
-        self._accepted: dict[str, DesiredModel] = {}
+        self._tracking = Tracking(ModelParser(root), on_progress)
+        self._server = ServerFile()
+        self._absence = Absence(prune_guard_percent)
+        self._accepted: Mapping[str, DesiredModel] = {}  # sorted, and never changed in place
         self._generations: dict[str, int] = {}
-        self._contested: frozenset[str] = frozenset()
+        self._open: dict[str, Verdict] = {}  # on the ids that are not plainly accepted
+        self._undecided: frozenset[str] = frozenset()
+        self._scans = 0
+        self._began_at = 0.0
         self._complete = False
+        self._last: tuple[_Look, DesiredState] | None = None
 
-    def observe(self, scan: Scan, now: float, read: Read, stat: Stat) -> DesiredState:
+    @property
+    def prune_guard_percent(self) -> float:
+        """More than this part of what is managed does not go at once, unless it is confirmed."""
+        return self._absence.prune_guard_percent
+
+    @prune_guard_percent.setter
+    def prune_guard_percent(self, value: float) -> None:
+        self._absence.prune_guard_percent = value
+
+    @property
+    def upcoming(self) -> tuple[ModelConfig, ...]:
+        """Configs that may be accepted soon: a hint at weights to look at, nothing more."""
+        undecided = (self._accepted[model_id].config for model_id in sorted(self._undecided))
+        return (*undecided, *self._tracking.upcoming)
+
+    def restore(self, models: Iterable[DesiredModel]) -> None:
+        """Take over what an earlier process had accepted; to be called once, before the first scan."""
+        restored = {
+            model.config.model_id: dataclasses.replace(
+                model, held=None, suspended=False, weights=None, weights_problem=None
+            )
+            for model in models
+        }
+        self._accepted = dict(sorted(restored.items()))
+        for model_id, model in self._accepted.items():
+            self._generations[model_id] = model.generation
+            claims = () if model.unclaimed else model.claimed_by or (model.source,)
+            self._tracking.restore(model_id, claims)
+            if model.contested:
+                self._open[model_id] = Verdict(conflict=claims)
+        self._undecided = frozenset(self._accepted)
+        self._absence.restore(i for i, model in self._accepted.items() if model.uncounted)
+
+    def distrust(self) -> None:
+        """Work on everything with the next scan. For tests: it must make no difference."""
+        self._tracking.distrust()
+        self._last = None
+
+    def observe(
+        self,
+        scan: Scan,
+        now: float,
+        read: Read,
+        stat: Stat,
+        instructions: Instructions = NO_INSTRUCTIONS,
+    ) -> DesiredState:
         """Take one scan into account.
 
         Args:
@@ -138,178 +155,240 @@ class Acceptance:
             now: monotonic seconds, never less than before.
             read: the bytes of a file by its relative path; called only where something is new.
             stat: the fingerprint of a file, asked after reading it.
+            instructions: what people asked for beside what the files say.
         """
-        self._track(scan, now)
-        for path in sorted(self._files):
-            self._files[path].settle(now, self.settle_s, read, stat, self._parse_models)
-        self._server_file.settle(now, self.settle_s, read, stat, _parse_server)
-        for path in [p for p, f in self._files.items() if f.is_proven_gone(now, self.settle_s)]:
-            del self._files[path]
-        self._take_server(now)
-        verdicts = self._judge_all()
-        self._apply(verdicts, scan, now)
-        return self._state(verdicts, scan, now)
+        look = _Look(
+            scan,
+            instructions.suspended,
+            instructions.confirmed_prune,
+            self.settle_s,
+            self.prune_guard_percent,
+        )
+        if self._last is not None and self._is_at_rest and look == self._last[0]:
+            return self._last[1]
+        touched = self._tracking.observe(scan, now, self.settle_s, read, stat)
+        self._server.observe(scan, now, self.settle_s, read, stat)
+        next_check_s = self._next_check_s(scan, now)
+        self._complete = self._complete or (scan.complete and next_check_s is None)
+        verdicts = {i: self._judge(i, look) for i in sorted(self._to_judge(touched, look))}
+        certain = self._tracking.is_certain(scan, now, self.settle_s)
+        guard = self._apply(verdicts, look, now, certain=certain)
+        self._decide_restored(guard if certain else None, now, next_check_s)
+        state = self._state(scan, guard, next_check_s)
+        if self._last is not None and state == self._last[1]:
+            state = self._last[1]
+        self._last = look, state
+        return state
 
     @property
-    def upcoming(self) -> tuple[ModelConfig, ...]:
-        """Configs that unsettled files seem to declare: a hint at weights to look at, nothing more."""
-        return tuple(found.config for _, f in sorted(self._files.items()) for found in f.upcoming)
+    def _is_at_rest(self) -> bool:
+        """The last scan left nothing to settle, so that another one like it says nothing new."""
+        is_settled = self._last is not None and self._last[1].next_check_s is None
+        return is_settled and self._tracking.is_at_rest and self._server.is_at_rest
 
-    # -- what the scan saw
-
-    def _track(self, scan: Scan, now: float) -> None:
-        if scan.complete:
-            if self._run.known and self._run.value != scan.root:
-                for file in (*self._files.values(), self._server_file):
-                    file.forget_absence()
-            self._run.look(scan.root, now)
-        else:
-            self._run.forget()
-        for path in scan.files:
-            if path not in self._files:
-                self._files[path] = TrackedFile(path)
-        for path, file in self._files.items():
-            entry = scan.files.get(path)
-            if entry is not None:
-                file.see(entry, now)
-            else:
-                behind_a_dead_link = any(path.startswith(f"{link}/") for link in scan.dangling)
-                file.miss(now, proves_absence=scan.complete and not behind_a_dead_link)
-        if scan.server is not None:
-            self._server_file.see(scan.server, now)
-        else:
-            self._server_file.miss(now, proves_absence=scan.complete)
-
-    def _take_server(self, now: float) -> None:
-        reading = self._server_file.reading
-        if reading is not None and reading.server is not None and not reading.problems:
-            self._server = reading.server
-        elif self._server_file.is_proven_gone(now, self.settle_s):
-            self._server = None
-            self._server_file = TrackedFile(SERVER_FILE)
-
-    def _parse_models(self, path: str, data: bytes) -> Reading:
-        name = printable(path)
-        base_dir = self._root / Path(path).parent if self._root else None
-        parsed = parse_models(data, file=name, base_dir=base_dir)
-        declarations = tuple(
-            Declaration(
-                config=model.config,
-                spec_hash=model.config.spec_hash(),
-                load_hash=model.config.load_hash(),
-                ref=SourceRef(name, model.line),
-            )
-            for model in parsed.models
+    def _next_check_s(self, scan: Scan, now: float) -> float | None:
+        waits = (
+            self._tracking.pending_s(scan, now, self.settle_s),
+            self._server.pending_s(now, self.settle_s),
         )
-        if not parsed.problems:
-            return Reading(declarations)
-        return Reading(
-            declarations,
-            problems=parsed.problems,
-            fault="is invalid",
-            invalid_ids=parsed.invalid_ids,
-            data=data.replace(b"\0", b""),
-        )
+        return min((wait for wait in waits if wait is not None), default=None)
 
-    # -- what it means
+    # -- judging
 
-    def _judge_all(self) -> dict[str, Verdict]:
-        claims = claims_of(file for _, file in sorted(self._files.items()))
-        return {
-            model_id: judge(
-                claims.get(model_id, Claims()),
-                self._accepted.get(model_id),
-                was_contested=model_id in self._contested,
-            )
-            for model_id in sorted({*claims, *self._accepted})
+    def _to_judge(self, touched: frozenset[str], look: _Look) -> set[str]:
+        everything = self._accepted.keys() | self._open.keys() | self._tracking.claimed
+        if self._last is None or self._last[0].outage != look.outage:
+            return everything
+        return {*touched, *self._open, *(look.suspended & everything)}
+
+    def _judge(self, model_id: str, look: _Look) -> Verdict:
+        current, before = self._accepted.get(model_id), self._open.get(model_id)
+        claims = self._tracking.claims(model_id)
+        verdict = judge(claims, current, was_contested=bool(before and before.conflict))
+        if model_id in look.suspended:
+            generation = current.generation if current is not None else 0
+            why = f"suspended: stays at generation {generation} until it is resumed"
+            return _held(verdict, why)
+        if look.outage is not None:
+            return _held(verdict, look.outage)
+        if not verdict.is_missing or current is None:
+            return verdict
+        doubt = self._tracking.doubt_of_absence(model_id)
+        if doubt is None:
+            return verdict
+        why = f"no file declares it, but {doubt.why}"
+        if doubt.lasting:
+            return _held(verdict, why)
+        return dataclasses.replace(verdict, doubt=verdict.doubt or why)
+
+    # -- what follows
+
+    def _apply(
+        self, verdicts: Mapping[str, Verdict], look: _Look, now: float, *, certain: bool
+    ) -> PruneGuard | None:
+        """Make the verdicts true; what a prune guard holds, if any."""
+        known = self._accepted
+        missing = {
+            i: known[i] for i, verdict in verdicts.items() if verdict.is_missing and i in known
         }
-
-    def _apply(self, verdicts: Mapping[str, Verdict], scan: Scan, now: float) -> None:
-        accepted: dict[str, DesiredModel] = {}
+        departure = self._absence.decide(missing, known, look.confirmed_prune, certain=certain)
+        changed: dict[str, DesiredModel] = {}
         for model_id, verdict in verdicts.items():
-            current = self._accepted.get(model_id)
+            current = known.get(model_id)
             if verdict.accept is not None:
-                accepted[model_id] = self._accept(verdict.accept, current, now)
+                changed[model_id] = self._accept(verdict, verdict.accept, current, now)
             elif current is not None:
-                outage = scan.error if scan.root is None else None
-                why = outage or verdict.hold or self._doubt_of_absence(model_id, scan, now)
-                if why is not None:
-                    accepted[model_id] = dataclasses.replace(current, held=why)
-        self._accepted = accepted
-        self._contested = frozenset(i for i, verdict in verdicts.items() if verdict.conflict)
+                changed[model_id] = self._hold(verdict, current, look, departure.guard)
+        gone = missing.keys() if departure.go else frozenset[str]()
+        uncounted = self._absence.uncounted
+        self._absence.add(changed.keys() - known.keys())
+        if departure.go or (look.scan.complete and not missing):
+            self._absence.count_all(certain=certain)
+        for model_id in uncounted ^ self._absence.uncounted:
+            model = changed.get(model_id) or known[model_id]
+            is_uncounted = model_id in self._absence.uncounted
+            changed[model_id] = dataclasses.replace(model, uncounted=is_uncounted)
+        self._accepted = _updated(known, changed, gone)
+        for model_id, verdict in verdicts.items():
+            if verdict.accept is not None or (
+                verdict.is_missing and model_id not in self._accepted
+            ):
+                self._open.pop(model_id, None)
+            else:
+                self._open[model_id] = verdict
+        return departure.guard
 
-    def _accept(self, found: Declaration, current: DesiredModel | None, now: float) -> DesiredModel:
-        if current is not None and current.spec_hash == found.spec_hash:
-            # The config is taken over all the same: it knows the directory that the file is in now.
-            return dataclasses.replace(current, config=found.config, source=found.ref, held=None)
+    def _accept(
+        self, verdict: Verdict, found: Declaration, current: DesiredModel | None, now: float
+    ) -> DesiredModel:
         model_id = found.config.model_id
-        self._generations[model_id] = self._generations.get(model_id, 0) + 1
-        return DesiredModel(
+        if current is None or current.spec_hash != found.spec_hash:
+            before = self._open.get(model_id)
+            self._generations[model_id] = self._generations.get(model_id, 0) + 1
+            return DesiredModel(
+                config=found.config,
+                generation=self._generations[model_id],
+                spec_hash=found.spec_hash,
+                load_hash=found.load_hash,
+                source=found.ref,
+                accepted_at=now,
+                # What people ended a moment ago (a conflict, a suspension) was not seen before.
+                seen_at=now if before is not None and before.lasting else verdict.seen_at,
+                uncounted=current is not None and current.uncounted,
+            )
+        is_alone = len(verdict.refs) == 1 and current.source == found.ref
+        if current.config is found.config and is_alone and _is_plain(current):
+            return current
+        # The config is taken over all the same: it knows the directory that the file is in now.
+        return dataclasses.replace(
+            current,
             config=found.config,
-            generation=self._generations[model_id],
-            spec_hash=found.spec_hash,
-            load_hash=found.load_hash,
             source=found.ref,
-            accepted_at=now,
+            held=None,
+            suspended=False,
+            guarded=False,
+            contested=False,
+            unclaimed=False,
+            claimed_by=verdict.refs if len(verdict.refs) > 1 else (),
         )
 
-    def _doubt_of_absence(self, model_id: str, scan: Scan, now: float) -> str | None:
-        """Why it is not proven that no file declares the id; None when it is.
+    def _hold(
+        self, verdict: Verdict, current: DesiredModel, look: _Look, guard: PruneGuard | None
+    ) -> DesiredModel:
+        held = dataclasses.replace(
+            current,
+            held=verdict.hold or self._why_missing(verdict, look.scan, guard),
+            suspended=current.config.model_id in look.suspended,
+            guarded=current.guarded or (verdict.is_missing and guard is not None),
+            contested=bool(verdict.conflict),
+            unclaimed=not verdict.refs,
+            claimed_by=verdict.refs if verdict.refs != (current.source,) else (),
+        )
+        return current if held == current else held
 
-        Files are settled one by one, so when none is in doubt, the scan at which the last of them was
-        first seen as it is, `settle_s` ago or more, agrees with this one; the run makes sure that it was
-        complete, and of this very directory.
-        """
-        if not scan.complete:
-            return scan.error or "the directory could not be read completely"
-        if not self._run.settled(now, self.settle_s):
-            return "no file declares it, for too short a time to be sure"
-        for _, file in sorted(self._files.items()):
-            why = file.could_declare(model_id)
-            if why is not None:
-                return f"no file declares it, but {why}"
-        return None
+    def _why_missing(self, verdict: Verdict, scan: Scan, guard: PruneGuard | None) -> str:
+        if guard is not None:
+            root = shlex.quote(printable(str(self._root))) if self._root else "DIRECTORY"
+            return (
+                f"no file declares it, but {len(guard.model_ids)} of {guard.managed} models would be "
+                "unloaded at once: to let them go, run "
+                f"`splitlearn-manager reconcile apply {root} --confirm-prune {guard.digest}`"
+            )
+        if verdict.doubt is not None:
+            return verdict.doubt
+        return scan.error or "no file declares it, for too short a time to be sure"
+
+    def _decide_restored(
+        self, guard: PruneGuard | None, now: float, next_check_s: float | None
+    ) -> None:
+        """Find out which restored models are still in a doubt that the next looks will end."""
+        if not self._undecided:
+            return
+        self._scans += 1
+        if self._scans == 1:
+            self._began_at = now
+        took_s = now - self._began_at
+        waited = self._scans >= UNDECIDED_SCANS and took_s >= UNDECIDED_SETTLES * self.settle_s
+        if next_check_s is None or waited:
+            self._undecided = frozenset()
+            return
+        in_doubt = {i for i, verdict in self._open.items() if not verdict.lasting}
+        self._undecided &= in_doubt.difference(guard.model_ids if guard is not None else ())
 
     # -- what to tell
 
-    def _state(self, verdicts: Mapping[str, Verdict], scan: Scan, now: float) -> DesiredState:
-        next_check_s = self._next_check_s(scan, now)
-        if scan.complete and next_check_s is None:
-            self._complete = True
+    def _state(
+        self, scan: Scan, guard: PruneGuard | None, next_check_s: float | None
+    ) -> DesiredState:
+        models, undecided = self._accepted, self._undecided
+        conflicts = {i: v.conflict for i, v in sorted(self._open.items()) if v.conflict}
+        if undecided:
+            models = {i: m for i, m in models.items() if i not in undecided}
         return DesiredState(
-            models=dict(self._accepted),
-            problems=self._problems(verdicts, scan),
-            conflicts={i: verdict.conflict for i, verdict in verdicts.items() if verdict.conflict},
+            models=models,
+            problems=self._problems(scan, conflicts),
+            conflicts=conflicts,
             source_available=scan.root is not None,
             source_message=scan.error or "",
             complete=self._complete,
             next_check_s=next_check_s,
-            server=self._server,
+            server=self._server.config,
+            prune_guard=guard,
+            undecided={i: self._accepted[i] for i in sorted(undecided)},
         )
 
-    def _problems(self, verdicts: Mapping[str, Verdict], scan: Scan) -> tuple[Problem, ...]:
-        problems = [p for file in self._files.values() for p in file.problems]
-        problems.extend(self._server_file.problems)
+    def _problems(
+        self, scan: Scan, conflicts: Mapping[str, tuple[SourceRef, ...]]
+    ) -> tuple[Problem, ...]:
+        problems = [*self._tracking.problems, *self._server.problems]
         for path, why in scan.unreadable.items():
             message = f"cannot be read: {why}; nothing is unloaded until it can"
             problems.append(Problem(printable(path), None, None, None, message))
-        for model_id, verdict in verdicts.items():
-            problems.extend(_conflict_problems(model_id, verdict.conflict))
+        for model_id, refs in conflicts.items():
+            problems.extend(_conflict_problems(model_id, refs))
         return tuple(sorted(problems, key=_problem_order))
 
-    def _next_check_s(self, scan: Scan, now: float) -> float | None:
-        files = (*self._files.values(), self._server_file)
-        waits = [w for f in files if (w := f.pending_s(now, self.settle_s)) is not None]
-        if scan.torn:
-            waits.append(self.settle_s)
-        elif scan.complete and not self._run.settled(now, self.settle_s):
-            waits.append(self._run.remaining_s(now, self.settle_s))
-        return min(waits, default=None)
+
+def _held(verdict: Verdict, why: str) -> Verdict:
+    """The id stays as it is, whatever the verdict was, until a person acts."""
+    return Verdict(hold=why, lasting=True, conflict=verdict.conflict, refs=verdict.refs)
 
 
-def _parse_server(path: str, data: bytes) -> Reading:
-    server, problems = parse_server(data, file=path)
-    return Reading(server=server, problems=problems, fault="is invalid" if problems else None)
+def _is_plain(model: DesiredModel) -> bool:
+    """Nothing but its one declaration has made it what it is."""
+    marks = (model.suspended, model.guarded, model.contested, model.unclaimed)
+    return not (model.held or any(marks) or model.claimed_by)
+
+
+def _updated(
+    models: Mapping[str, DesiredModel], changed: Mapping[str, DesiredModel], gone: Iterable[str]
+) -> Mapping[str, DesiredModel]:
+    """The models with changes, sorted; the very same mapping where there are none."""
+    going = frozenset(gone)
+    if not going and all(models.get(i) is model for i, model in changed.items()):
+        return models
+    updated = {i: m for i, m in {**models, **changed}.items() if i not in going}
+    return updated if changed.keys() <= models.keys() else dict(sorted(updated.items()))
 
 
 def _conflict_problems(model_id: str, refs: tuple[SourceRef, ...]) -> list[Problem]:

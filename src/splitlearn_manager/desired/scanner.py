@@ -1,8 +1,9 @@
 """What lies in the desired directory at one moment: a listing, and how far it can be trusted.
 
-A scan lists names and fingerprints. It never reads a file, never decides what is desired, keeps
-nothing between two scans and never raises for what the file system does: whatever could not be
-looked at is part of the result, because a listing with holes must not be taken for deletions.
+A scan lists names and fingerprints. It never reads a file, never decides what is desired, and never
+raises for what the file system does: whatever could not be looked at is part of the result, because a
+listing with holes must not be taken for deletions. All that one scan leaves to the next are the entries
+of untouched files, which are then the very same objects.
 
     complete      every directory was listed, and every file in it was looked at
     not complete  something was missing, unreadable or changing; the files that were seen are listed
@@ -10,7 +11,7 @@ looked at is part of the result, because a listing with holes must not be taken 
 
 Names that start with `.` are skipped, `*.yaml` and `*.yml` are kept, symbolic links are followed. A
 directory is visited once however many links lead to it, so loops end and nothing conflicts with itself.
-Cost: one listing and one stat a directory, one stat a file and a link.
+Cost: one listing and one stat a directory, one stat a file and a link; no more than that.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MODEL_SUFFIXES = (".yaml", ".yml")
 _GONE = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class FileEntry:
     """One file as the scan saw it.
 
@@ -84,6 +85,8 @@ def describe(error: OSError) -> str:
 
 def printable(path: str) -> str:
     """A path for messages: names that are not UTF-8 would make printing them fail."""
+    if path.isascii():
+        return path
     return path.encode("utf-8", "backslashreplace").decode()
 
 
@@ -103,6 +106,7 @@ class Scanner:
     def __init__(self, root: str | Path, fs: FileSystem) -> None:
         self._root = os.fspath(root)
         self._fs = fs
+        self._last: Mapping[str, FileEntry] = {}
 
     def scan(self) -> Scan:
         """Look once. Never raises OSError; see `Scan` for what could not be seen."""
@@ -110,7 +114,7 @@ class Scanner:
             before = self._fs.stat(self._root)
             if not before.is_dir:
                 return _unavailable(f"{self._root} is not a directory")
-            walk = _Walk(self._fs, self._root, before)
+            walk = _Walk(self._fs, self._root, before, self._last)
             walk.run()
         except OSError as error:
             if is_gone(error):
@@ -123,15 +127,19 @@ class Scanner:
         else:
             if _identity(after) != _identity(before):
                 walk.torn = f"{self._root} was replaced while it was being read"
+        self._last = walk.files
         return walk.result(_identity(before))
 
 
 class _Walk:
     """One pass over the tree: the real directories first, then what links add to them."""
 
-    def __init__(self, fs: FileSystem, root: str, stat: FileStat) -> None:
+    def __init__(
+        self, fs: FileSystem, root: str, stat: FileStat, last: Mapping[str, FileEntry]
+    ) -> None:
         self._fs = fs
         self._root = root
+        self._last = last
         self._visited = {_identity(stat)}
         self._linked: list[str] = []
         self.files: dict[str, FileEntry] = {}
@@ -169,16 +177,21 @@ class _Walk:
         )
 
     def _descend(self, directory: str, entries: list[DirEntry]) -> None:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith("."):
+        below = f"{directory}/" if directory else ""
+        directories = []
+        for entry in entries:
+            name = entry.name
+            if name.startswith("."):
                 continue
-            path = f"{directory}/{entry.name}" if directory else entry.name
             if entry.is_symlink:
-                self._follow(path)
+                self._follow(below + name)
             elif entry.is_dir:
-                self._enter(path)
-            elif path.endswith(MODEL_SUFFIXES):
-                self._look(path)
+                directories.append(below + name)
+            elif name.endswith(MODEL_SUFFIXES):
+                self._look(below + name, entry.stat)
+        # Sorted: of several ways to one directory (a mount can make two) the same one always counts.
+        for path in sorted(directories):
+            self._enter(path)
 
     def _enter(self, path: str) -> None:
         try:
@@ -213,11 +226,11 @@ class _Walk:
             if stat.is_dir:
                 self._linked.append(path)
             elif is_model:
-                self._add(FileEntry(path, stat.fingerprint))
+                self._add_file(path, stat)
 
-    def _look(self, path: str) -> None:
+    def _look(self, path: str, stat: FileStat | None) -> None:
         try:
-            stat = self._fs.stat(self._absolute(path))
+            stat = stat or self._fs.stat(self._absolute(path))
         except OSError as error:
             if is_gone(error):
                 self.torn = f"{printable(path)} vanished while it was being read"
@@ -227,7 +240,14 @@ class _Walk:
             if stat.is_dir:
                 self.torn = f"{printable(path)} was replaced while it was being read"
             else:
-                self._add(FileEntry(path, stat.fingerprint))
+                self._add_file(path, stat)
+
+    def _add_file(self, path: str, stat: FileStat) -> None:
+        found, last = stat.fingerprint, self._last.get(path)
+        if last is not None and last.fingerprint == found and last.error is None:
+            self._add(last)
+        else:
+            self._add(FileEntry(path, found))
 
     def _add(self, entry: FileEntry) -> None:
         if entry.path == SERVER_FILE:

@@ -16,6 +16,8 @@ _ROUNDING_S = 1e-9  # a wait computed as since + settle_s - now may end a roundi
 class Settling(Generic[T]):
     """Since when, without interruption, the same value has been seen."""
 
+    __slots__ = ("_looks", "_since", "_value")
+
     def __init__(self) -> None:
         self._value: T | None = None
         self._since = 0.0
@@ -30,6 +32,11 @@ class Settling(Generic[T]):
     def value(self) -> T | None:
         """What was seen last; meaningless unless `known`."""
         return self._value
+
+    @property
+    def since(self) -> float:
+        """When the present value was first seen; meaningless unless `known`."""
+        return self._since
 
     def look(self, value: T, now: float) -> None:
         """Take note of what a look at `now` (monotonic seconds) saw."""

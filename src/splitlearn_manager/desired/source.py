@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from splitlearn_manager.config.files import FileSystem, RealFileSystem
@@ -18,7 +19,12 @@ from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.model_source import fingerprint, resolve_source
 from splitlearn_manager.desired.acceptance import Acceptance
 from splitlearn_manager.desired.scanner import Fingerprint, Scanner
-from splitlearn_manager.desired.state import DesiredModel, DesiredState
+from splitlearn_manager.desired.state import (
+    NO_INSTRUCTIONS,
+    DesiredModel,
+    DesiredState,
+    Instructions,
+)
 from splitlearn_manager.desired.weights import WeightsState, WeightsWatch
 from splitlearn_manager.errors import SplitlearnError
 
@@ -33,16 +39,24 @@ class DesiredSource:
         root: the directory; it need not exist yet.
         fs: the file system's calls; None for the real ones.
         settle_s: seconds that two agreeing looks must be apart.
+        prune_guard_percent: if more than this part of the models would go at once, they stay until
+            somebody confirms it.
+        on_progress: called with (done, total) while many files are parsed in one look.
     """
 
     def __init__(
-        self, root: str | Path, fs: FileSystem | None = None, settle_s: float = 0.25
+        self,
+        root: str | Path,
+        fs: FileSystem | None = None,
+        settle_s: float = 0.25,
+        prune_guard_percent: float = 50.0,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         # Absolute, but not resolved: a root that is a symbolic link is followed anew at each look.
         self.root = Path(os.path.abspath(root))
         self._fs = fs if fs is not None else RealFileSystem()
         self._scanner = Scanner(self.root, self._fs)
-        self._acceptance = Acceptance(settle_s, self.root)
+        self._acceptance = Acceptance(settle_s, self.root, prune_guard_percent, on_progress)
         self._weights = WeightsWatch(settle_s)
         self._links: tuple[str, ...] = ()
         self._configs: tuple[ModelConfig, ...] = ()
@@ -57,14 +71,28 @@ class DesiredSource:
         self._acceptance.settle_s = value
         self._weights.settle_s = value
 
-    def look(self, now: float) -> DesiredState:
+    @property
+    def prune_guard_percent(self) -> float:
+        """More than this part of the models does not go at once; takes effect with the next look."""
+        return self._acceptance.prune_guard_percent
+
+    @prune_guard_percent.setter
+    def prune_guard_percent(self, value: float) -> None:
+        self._acceptance.prune_guard_percent = value
+
+    def restore(self, models: Iterable[DesiredModel]) -> None:
+        """Take over what an earlier process had accepted; call it once, before the first look."""
+        self._acceptance.restore(models)
+
+    def look(self, now: float, instructions: Instructions = NO_INSTRUCTIONS) -> DesiredState:
         """Look at the directory and the weights.
 
         Args:
             now: monotonic seconds, taken before the call and never less than in the last one.
+            instructions: what people asked for beside what the files say.
         """
         scan = self._scanner.scan()
-        state = self._acceptance.observe(scan, now, self._read, self._stat)
+        state = self._acceptance.observe(scan, now, self._read, self._stat, instructions)
         configs = {model_id: model.config for model_id, model in state.models.items()}
         upcoming = self._acceptance.upcoming
         weights = self._weights.observe(configs, now, self._fingerprint, upcoming)

@@ -5,7 +5,7 @@ Everything here is frozen and compares by value. Times are monotonic seconds.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from splitlearn_manager.config.server_config import ServerConfig
 from splitlearn_manager.config.yaml_source import Problem
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True, order=True, slots=True)
 class SourceRef:
     """Where a model is declared: the file, relative to the root, and the line its document starts in."""
 
@@ -25,13 +25,13 @@ class SourceRef:
         return f"{self.file}:{self.line}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class DesiredModel:
     """One accepted model.
 
     Attributes:
         config: the validated spec.
-        generation: counts the accepted specs of this id in this process, from 1.
+        generation: counts the accepted specs of this id, from 1; goes on after a restart.
         spec_hash: equal for equal specs, whatever the file looks like.
         load_hash: the part of the spec that shapes the loaded instance.
         source: the declaration that was accepted last.
@@ -39,6 +39,15 @@ class DesiredModel:
         accepted_at: when this generation was accepted.
         weights: the settled fingerprint of the files behind `model_path`; None while there is none.
         weights_problem: why the files behind `model_path` cannot be looked at; None when they can.
+        suspended: people asked that it stays as it is; `held` says so too.
+        seen_at: when the change that became this generation was first seen.
+        guarded: a prune guard held it, and since then neither did a file declare it again nor anybody
+            confirm that it goes. Kept across restarts, or a crash would be a confirmation.
+        uncounted: accepted while others may have been going, so that it does not make a prune guard
+            milder; until nothing is missing or in doubt. Kept across restarts, like the next three.
+        contested: in conflict, which does not end by a doubt about one of the sides.
+        unclaimed: no file declares it any more, not even one that is in doubt.
+        claimed_by: the declarations that claim the id, where that is not just `source`.
     """
 
     config: ModelConfig
@@ -50,6 +59,47 @@ class DesiredModel:
     accepted_at: float = 0.0
     weights: str | None = None
     weights_problem: str | None = None
+    suspended: bool = False
+    seen_at: float = 0.0
+    guarded: bool = False
+    uncounted: bool = False
+    contested: bool = False
+    unclaimed: bool = False
+    claimed_by: tuple[SourceRef, ...] = ()
+
+
+@dataclass(frozen=True)
+class PruneGuard:
+    """So many models would go at once that somebody must confirm it first.
+
+    Attributes:
+        digest: names exactly this set of models; the confirmation repeats it.
+        model_ids: those that no file declares any more, sorted.
+        managed: how many models the directory had before they went, those included.
+    """
+
+    digest: str
+    model_ids: tuple[str, ...]
+    managed: int
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What is asked of a source beside what the files say; given anew with each look.
+
+    Attributes:
+        suspended: ids that stay as they are, whatever the files say.
+        confirmed_prune: the digest of a `PruneGuard` that somebody confirmed; empty if nobody did.
+        watched: ids whose weights are looked at in every look (what runs, or is to be tried again);
+            in a large directory the others take turns.
+    """
+
+    suspended: frozenset[str] = frozenset()
+    confirmed_prune: str = ""
+    watched: frozenset[str] = frozenset()
+
+
+NO_INSTRUCTIONS = Instructions()
 
 
 @dataclass(frozen=True)
@@ -66,6 +116,9 @@ class DesiredState:
             true; whether something is pending now is `next_check_s`.
         next_check_s: seconds until a look that may settle something; None when nothing is pending.
         server: the last good `server.yaml`; None when there is none.
+        prune_guard: models that would go at once, and wait for a confirmation; None when none do.
+        undecided: restored models that are in no other field, because no look has decided yet whether
+            a file still declares them. They are neither to be loaded nor to be forgotten.
     """
 
     models: Mapping[str, DesiredModel] = field(default_factory=dict)
@@ -76,11 +129,21 @@ class DesiredState:
     complete: bool = False
     next_check_s: float | None = None
     server: ServerConfig | None = None
+    prune_guard: PruneGuard | None = None
+    undecided: Mapping[str, DesiredModel] = field(default_factory=dict)
 
 
 class Source(Protocol):
     """What the reconciler asks for desired state."""
 
-    def look(self, now: float) -> DesiredState:
+    def restore(self, models: Iterable[DesiredModel]) -> None:
+        """Take over what an earlier process had accepted; called once, before the first look.
+
+        Such a model keeps its generation if its file still says the same, and its last good spec if
+        the file is broken now. It is part of what is desired once a look has decided about it.
+        """
+        ...
+
+    def look(self, now: float, instructions: Instructions = NO_INSTRUCTIONS) -> DesiredState:
         """Look at the source at `now` (monotonic seconds) and say what is desired."""
         ...

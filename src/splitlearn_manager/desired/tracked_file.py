@@ -10,11 +10,13 @@ about a model: that takes all files together, and is the business of `acceptance
 
 What counts is only ever read from a settled file, and only if its fingerprint is the same after the
 reading as before. An unsettled file is peeked at once for each fingerprint: what it says is a hint at
-which weights will be needed, for nothing more, since the writer may be half way through.
+which weights will be needed, for nothing more, since the writer may be half way through. Equal bytes are
+parsed once: of a good file only their digest is kept.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,7 +34,7 @@ Stat = Callable[[str], Fingerprint]
 """The fingerprint of a file, by its relative path. May raise OSError."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Declaration:
     """One valid document of a model file."""
 
@@ -42,7 +44,7 @@ class Declaration:
     ref: SourceRef
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What a file says.
 
@@ -69,23 +71,28 @@ Parse = Callable[[str, bytes], Reading]
 """(relative path, bytes) → what they say. Never raises for what the bytes are."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Doubt:
     """Why a file's last declarations may not be its present ones.
 
     Attributes:
         why: for a person, beginning with the file's name.
         lasting: it takes a person to end it; otherwise the next looks will.
+        absent: the file is not there; should that last, there is nothing left to doubt.
     """
 
     why: str
     lasting: bool
+    absent: bool = False
 
 
-@dataclass(frozen=True)
+NOTHING_READ = Reading()
+
+
+@dataclass(frozen=True, slots=True)
 class _Peek:
     entry: FileEntry
-    data: bytes
+    digest: bytes
     reading: Reading
 
 
@@ -94,20 +101,39 @@ class TrackedFile:
 
     Args:
         path: relative to the root.
+        kept: what an earlier process knew it to declare.
     """
 
-    def __init__(self, path: str) -> None:
+    __slots__ = (
+        "_digest",
+        "_in_sight",
+        "_kept",
+        "_last_entry",
+        "_peek",
+        "_read_entry",
+        "_reading",
+        "_settling",
+        "name",
+        "path",
+    )
+
+    def __init__(self, path: str, kept: Mapping[str, SourceRef] | None = None) -> None:
         self.path = path
         self.name = printable(path)
         self._settling: Settling[FileEntry | None] = Settling()  # None: absent
         self._in_sight = False
         self._last_entry: FileEntry | None = None
         self._read_entry: FileEntry | None = None
-        self._reading = Reading()
+        self._reading = NOTHING_READ
+        self._digest = b""
         self._peek: _Peek | None = None
-        self._kept: dict[str, SourceRef] = {}
+        self._kept: Mapping[str, SourceRef] | None = kept  # None: what the reading declares
 
     # -- what the scans saw
+
+    def remember(self, kept: Mapping[str, SourceRef]) -> None:
+        """What an earlier process knew it to declare."""
+        self._kept = kept
 
     def see(self, entry: FileEntry, now: float) -> None:
         """A scan listed the file."""
@@ -152,6 +178,39 @@ class TrackedFile:
         return self._reading if self._is_current else None
 
     @property
+    def seen_at(self) -> float:
+        """When the file was first seen as it is."""
+        return self._settling.since
+
+    @property
+    def in_sight(self) -> bool:
+        """The last scan either listed it or proves that it is not there."""
+        return self._in_sight
+
+    @property
+    def was_seen(self) -> bool:
+        """A scan listed it at least once in this process."""
+        return self._last_entry is not None
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Another look would change nothing, unless it saw another file."""
+        return self._is_current and not self._reading.opaque
+
+    @property
+    def is_faulty(self) -> bool:
+        """The last reading was not the whole truth."""
+        return self._reading.fault is not None
+
+    @property
+    def needs_parsing(self) -> bool:
+        """What it says is not known yet, not even as a hint."""
+        entry = self._settling.value
+        if entry is None or entry.fingerprint is None or not self._in_sight or self._is_current:
+            return False
+        return self._peek is None or self._peek.entry != entry
+
+    @property
     def problems(self) -> tuple[Problem, ...]:
         """Of the last reading, which stands until there is another."""
         return self._reading.problems
@@ -159,7 +218,9 @@ class TrackedFile:
     @property
     def kept(self) -> Mapping[str, SourceRef]:
         """The ids that the file declared when it was last known to be right."""
-        return self._kept
+        if self._kept is not None:
+            return self._kept
+        return {found.config.model_id: found.ref for found in self._reading.declarations}
 
     @property
     def upcoming(self) -> tuple[Declaration, ...]:
@@ -176,45 +237,59 @@ class TrackedFile:
         if not self._settling.known:
             return Doubt(f"{self.name} vanished while it was being read", lasting=False)
         if self._settling.value is None:
-            return Doubt(f"{self.name} is gone, for too short a time to be sure", lasting=False)
+            return Doubt(f"{self.name} is gone, for too short a time to be sure", False, True)
         if not self._is_current:
             return Doubt(f"{self.name} is still changing", lasting=False)
         if self._reading.fault:
             return Doubt(f"{self.name} {self._reading.fault}", lasting=True)
         return None
 
-    def could_declare(self, model_id: str) -> str | None:
-        """Why this file may declare an id that no file is known to declare; None when it cannot.
+    @property
+    def doubt_of_all(self) -> Doubt | None:
+        """Why this file may declare just any id; None when it is known which ids it can mean.
 
-        An invalid file could mean the ids that occur in its bytes (zero bytes aside: UTF-16). All
-        others it does not name, so a file that is never put right does not keep every model alive.
-        A file that is gone counts as it was, until its absence is proven: with it, the scans before
-        did not agree that nobody declares the id.
+        A file that is gone counts as it was, until its absence is proven: with it, the scans before did
+        not agree about who declares what.
         """
         if not self._in_sight:
             return None
         if self._last_entry != self._read_entry:
-            doubt = self.doubt
-            return doubt.why if doubt else None
-        mentioned = model_id.encode() in self._reading.data
+            return self.doubt
         if self._reading.opaque:
-            return f"{self.name} {self._reading.fault}"
-        if mentioned or model_id in self._reading.invalid_ids:
-            return f"{self.name} {self._reading.fault} and mentions it"
+            return Doubt(f"{self.name} {self._reading.fault}", lasting=True)
+        return None
+
+    def doubt_of(self, model_id: str) -> Doubt | None:
+        """Why this file, which is invalid, may mean an id that no file is known to declare.
+
+        It could mean the ids that occur in its bytes (zero bytes aside: UTF-16). All others it does not
+        name, so a file that is never put right does not keep every model alive.
+        """
+        if not self._in_sight or self._last_entry != self._read_entry:
+            return None
+        if model_id in self._reading.invalid_ids or model_id.encode() in self._reading.data:
+            return Doubt(f"{self.name} {self._reading.fault} and mentions it", lasting=True)
         return None
 
     def is_proven_gone(self, now: float, settle_s: float) -> bool:
         """Two looks that could see it, at least `settle_s` apart, did not."""
         return self._settling.value is None and self._settling.settled(now, settle_s)
 
+    @property
+    def is_unsettled(self) -> bool:
+        """The next look may see it settled, or its absence proven."""
+        return self._in_sight and not self._is_current and self._is_known
+
     def pending_s(self, now: float, settle_s: float) -> float | None:
         """Seconds until a look may settle something about this file; None when nothing is open."""
-        never_seen = self._settling.value is None and self._last_entry is None
-        if not self._in_sight or self._is_current or never_seen:
-            return None
-        return self._settling.remaining_s(now, settle_s)
+        return self._settling.remaining_s(now, settle_s) if self.is_unsettled else None
 
     # -- reading
+
+    @property
+    def _is_known(self) -> bool:
+        """Not `server.yaml` before there is one."""
+        return self._settling.value is not None or self._last_entry is not None or bool(self._kept)
 
     @property
     def _is_current(self) -> bool:
@@ -229,7 +304,18 @@ class TrackedFile:
         except OSError:
             self._peek = None  # only a hint is lost; the reading that counts reports the error
             return
-        self._peek = _Peek(entry, data, parse(self.path, data))
+        digest = _digest(data)
+        self._peek = _Peek(entry, digest, self._known(digest) or parse(self.path, data))
+
+    def _known(self, digest: bytes) -> Reading | None:
+        """What bytes with this digest say, if that was seen last.
+
+        The bytes peeked at may be older than their fingerprint tells (two writes within one tick of the
+        file system's clock), so only equal bytes save the parsing.
+        """
+        if digest == self._digest and not self._reading.opaque:
+            return self._reading
+        return self._peek.reading if self._peek and self._peek.digest == digest else None
 
     def _read(self, entry: FileEntry, now: float, read: Read, stat: Stat, parse: Parse) -> None:
         if entry.fingerprint is None:
@@ -247,21 +333,26 @@ class TrackedFile:
         if after != entry.fingerprint:
             self._settling.look(FileEntry(self.path, after), now)
             return
-        # The bytes peeked at may be older than their fingerprint tells (two writes within one tick of
-        # the file system's clock), so only equal bytes save the parsing.
-        peek = self._peek
-        parsed = peek.reading if peek and peek.data == data else parse(self.path, data)
-        self._take(entry, parsed)
+        digest = _digest(data)
+        self._take(entry, self._known(digest) or parse(self.path, data))
+        self._digest = digest
 
     def _take(self, entry: FileEntry, reading: Reading) -> None:
+        # A document that is missing from a faulty file may be the faulty one.
+        before = self.kept if reading.fault else None
         self._read_entry = entry
         self._reading = reading
+        self._digest = b""
         self._peek = None
-        declared = {found.config.model_id: found.ref for found in reading.declarations}
-        # A document that is missing from a faulty file may be the faulty one.
-        self._kept = {**self._kept, **declared} if reading.fault else declared
+        self._kept = None
+        if before is not None:
+            self._kept = {**before, **self.kept}
 
     def _unreadable(self, why: str, *, opaque: bool) -> Reading:
         message = f"cannot be read: {why}"
         problem = Problem(self.name, None, None, None, message)
         return Reading(problems=(problem,), fault=message, opaque=opaque)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()

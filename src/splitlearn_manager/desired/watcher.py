@@ -2,7 +2,8 @@
 
 Events are hints: every change is found by the next scan in any case, the watcher only makes it soon.
 So an event that is lost costs time, never correctness, and whatever goes wrong here (no inotify, too
-many watches, a network file system) ends in `mode == "polling"` with a `reason`, never in an exception.
+many watches, a network file system, a thread that died) ends in `mode == "polling"` with a `reason`,
+never in an exception.
 
     start ──► refresh (each turn of the loop: directories replaced, links turned, new weights) ──► stop
 
@@ -155,11 +156,15 @@ class Watcher:
             return
         if self._observer is None and not self._open():
             return
+        if not self._is_alive():
+            return
         plan = plan_watches(self._root, self._extra)
         essential = covering(plan, plan_watches(self._root))
         try:
+            heard = self._heard()
             for directory, armed in list(self._armed.items()):
-                if plan.get(directory) != armed.watch or armed.handler.lost.is_set():
+                lost = armed.handler.lost.is_set() or armed.handle not in heard
+                if lost or plan.get(directory) != armed.watch:
                     self._disarm(directory)
         except Exception as error:  # see _open
             self._fail(f"watching failed: {_explain(error)}")
@@ -216,6 +221,20 @@ class Watcher:
         armed = self._armed.pop(directory)
         if self._observer is not None:
             self._observer.unschedule(armed.handle)
+
+    def _is_alive(self) -> bool:
+        """Whether the threads that every watch depends on still run; falls back to polling if not."""
+        if self._observer is None:
+            return False
+        own = [v for v in vars(self._observer).values() if isinstance(v, threading.Thread)]
+        if all(thread.is_alive() for thread in (self._observer, *own)):
+            return True
+        return self._fail("watching failed: the thread that reports changes has ended")
+
+    def _heard(self) -> set[ObservedWatch]:
+        """The watches whose own threads still run."""
+        emitters = self._observer.emitters if self._observer is not None else ()
+        return {emitter.watch for emitter in emitters if emitter.is_alive()}
 
     def _fail(self, reason: str) -> bool:
         """Fall back to polling; False, for callers that report success."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.snapshot import Snapshot
@@ -43,6 +44,7 @@ class Wanted:
         devices: where it may go, best first.
         demanded_s: when its file was accepted, or a request last asked for it, whichever is later.
         own_limit_problem: set if it is larger than its own max_memory_mb.
+        suspended: people asked that it stays as it is.
     """
 
     spec: ModelSpec
@@ -53,6 +55,7 @@ class Wanted:
     weights_problem: str = ""
     own_limit_problem: str | None = None
     source: str = ""
+    suspended: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,13 +65,15 @@ class Observed:
     Attributes:
         attempts: failed loads, by model id.
         parked: when a model was evicted, by id; it comes back when a demand is newer than that.
-        fallbacks: the version that served before an update by recreate failed, by id.
+        fallbacks: the version that served last, by id, where another one is wanted.
+        limited: until when no load of a model is tried, by id, because too many have failed.
     """
 
     snapshot: Snapshot
     attempts: Mapping[str, Attempt] = field(default_factory=dict)
     parked: Mapping[str, float] = field(default_factory=dict)
     fallbacks: Mapping[str, Wanted] = field(default_factory=dict)
+    limited: Mapping[str, float] = field(default_factory=dict)
     max_parallel_loads: int = 2
     now_s: float = 0.0
 
@@ -132,4 +137,9 @@ class Plan:
     forecast: tuple[DeviceForecast, ...]
 
     def waiting_for(self, model_id: str) -> Waiting | None:
-        return next((w for w in self.waiting if w.model_id == model_id), None)
+        """The first reason why nothing is done for the model; None if there is none."""
+        return self._waiting_by_id.get(model_id)
+
+    @cached_property
+    def _waiting_by_id(self) -> Mapping[str, Waiting]:
+        return {w.model_id: w for w in reversed(self.waiting)}

@@ -5,6 +5,8 @@ a factor drawn from [1 − JITTER, 1]: exponential backoff with jitter, so that 
 together do not all come back together. Another spec or other weights are another version: they start
 anew, and at once. A terminal failure waits for that.
 
+Whatever asks for another try, no more than `MOST_FAILURES` loads of one model fail in any `WINDOW_S`.
+
 Pure: the clock and the random number are passed in.
 """
 
@@ -18,6 +20,8 @@ from splitlearn_manager.core.snapshot import LoadOutcome
 BASE_S = 1.0
 CAP_S = 60.0
 JITTER = 0.2
+MOST_FAILURES = 10
+WINDOW_S = 60.0
 _MAX_EXPONENT = 16  # 2**16 s is far above the cap: keeps the power small
 
 
@@ -65,3 +69,31 @@ def after_failure(previous: Attempt | None, outcome: LoadOutcome, draw: float) -
         reason=outcome.reason or "LoadFailed",
         message=outcome.message,
     )
+
+
+class FailureRate:
+    """How often the loads of each model fail; more than `MOST_FAILURES` in `WINDOW_S` are not tried.
+
+    A limit on top of the backoff, which new versions, `retry` and the like begin anew: nothing does so
+    to this one, a model that is removed and declared again included.
+    """
+
+    def __init__(self) -> None:
+        self._times: dict[str, tuple[float, ...]] = {}
+
+    def add(self, model_id: str, at_s: float) -> None:
+        """A load failed."""
+        self._times[model_id] = (*self._times.get(model_id, ()), at_s)[-MOST_FAILURES:]
+
+    def limited(self, now_s: float) -> dict[str, float]:
+        """Until when no load is tried, for each model that has reached the limit."""
+        return {
+            model_id: times[0] + WINDOW_S
+            for model_id, times in self._times.items()
+            if len(times) == MOST_FAILURES and now_s < times[0] + WINDOW_S
+        }
+
+    def forget_before(self, now_s: float) -> None:
+        """Drops what no limit depends on any more."""
+        for model_id in [m for m, times in self._times.items() if times[-1] + WINDOW_S <= now_s]:
+            del self._times[model_id]

@@ -1,19 +1,20 @@
-"""What the loop remembers between turns; all of it may be lost in a crash.
+"""What the loop remembers between turns of what has happened to models; a crash forgets most of it.
 
-Failed attempts (for the backoff), which models were evicted, what served before an update by recreate,
-and when models were asked for. It is fed with outcomes and events, and read by planning; it decides
-nothing itself.
+Failed attempts (for the backoff and the rate limit), which models were evicted, which version of each
+served last, and when models were asked for. It is fed with outcomes and events, and read by planning; it
+decides nothing itself.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 from splitlearn_manager.core.events import EventKind, ManagerEvent
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.snapshot import LoadOutcome, Snapshot
 from splitlearn_manager.reconcile.actions import Wanted
-from splitlearn_manager.reconcile.backoff import Attempt, after_failure
+from splitlearn_manager.reconcile.backoff import Attempt, FailureRate, after_failure
 
 
 class Memory:
@@ -22,8 +23,11 @@ class Memory:
     Attributes:
         attempts: failed loads, by model id.
         parked: when a model was evicted, by id, on the manager's clock.
-        fallbacks: what served before an update by recreate, by id, until that has succeeded.
+        served: the version of a model of the directory that was READY last, by id. It is what is gone
+            back to when another version cannot be loaded, until it cannot be loaded itself.
         demands: when a model was last asked for, by id.
+        failure_rate: how often loads fail, by id.
+        revision: another number as soon as something that planning reads is another.
     """
 
     def __init__(self, now: Callable[[], float], draw: Callable[[], float]) -> None:
@@ -33,8 +37,11 @@ class Memory:
         self._events: deque[ManagerEvent] = deque()
         self.attempts: dict[str, Attempt] = {}
         self.parked: dict[str, float] = {}
-        self.fallbacks: dict[str, Wanted] = {}
+        self.served: dict[str, ModelSpec] = {}
         self.demands: dict[str, float] = {}
+        self.failure_rate = FailureRate()
+        self.revision = 0
+        self._measured: set[str] = set()
 
     def event(self, event: ManagerEvent) -> None:
         """Something happened to an instance; kept for the next turn."""
@@ -43,46 +50,73 @@ class Memory:
     def ask_for(self, model_id: str) -> None:
         """A request wants the model."""
         self.demands[model_id] = self._now()
+        self.revision += 1
 
-    def learn(self, snapshot: Snapshot) -> list[ManagerEvent]:
-        """Learns from what has happened since the last turn, and gives the events, oldest first."""
+    def retry(self, model_id: str) -> None:
+        """Somebody asks that its failed load is tried again, whatever the backoff says."""
+        if self.attempts.pop(model_id, None) is not None:
+            self.revision += 1
+
+    def learn(self, snapshot: Snapshot, wanted: Mapping[str, Wanted]) -> list[ManagerEvent]:
+        """Learns from what has happened since the last turn, and gives the events, oldest first.
+
+        Args:
+            wanted: what the loads that have ended were started for.
+        """
         happened = []
         while self._events:
             event = self._events.popleft()
             happened.append(event)
             if event.kind is EventKind.EVICTED:
                 self.parked[event.model_id] = event.at_s
+                self.revision += 1
         fresh = [o for o in snapshot.outcomes.values() if o.serial > self._seen_outcome]
         for outcome in sorted(fresh, key=lambda o: o.serial):
             self._seen_outcome = outcome.serial
-            self._absorb(outcome)
+            self.revision += 1
+            self._measured.add(outcome.model_id)
+            if outcome.owner is Owner.DIRECTORY:
+                self._absorb(outcome, wanted.get(outcome.model_id))
+        for view in snapshot.instances:
+            if view.state is State.READY and view.owner is Owner.DIRECTORY:
+                self.served[view.model_id] = view.spec
         return happened
+
+    def take_measured(self) -> set[str]:
+        """The ids whose size may be known better since this was asked last."""
+        measured, self._measured = self._measured, set()
+        return measured
 
     def forget_all_but(self, known: Collection[str]) -> list[str]:
         """Drops what is remembered of other models, and gives their ids."""
         dropped = set()
-        for book in (self.attempts, self.parked, self.fallbacks, self.demands):
+        books = (self.attempts, self.parked, self.served, self.demands)
+        for book in books:
             # A request may add a demand meanwhile, so the keys are taken at once.
             for model_id in [m for m in list(book) if m not in known]:
                 book.pop(model_id, None)
                 dropped.add(model_id)
+        self.failure_rate.forget_before(self._now())
         return sorted(dropped)
 
-    def _absorb(self, outcome: LoadOutcome) -> None:
-        model_id = outcome.model_id
-        fallback = self.fallbacks.get(model_id)
-        is_fallback = fallback is not None and outcome.spec.version == fallback.spec.version
+    def _absorb(self, outcome: LoadOutcome, wanted: Wanted | None) -> None:
+        model_id, version = outcome.model_id, outcome.spec.version
+        served = self.served.get(model_id)
+        other_wanted = wanted is None or wanted.spec.version != version
+        went_back = served is not None and served.version == version and other_wanted
         if outcome.ok:
             # It may have been evicted again since.
             if self.parked.get(model_id, 0.0) <= outcome.at_s:
                 self.parked.pop(model_id, None)
-            if not is_fallback:
-                self.attempts.pop(model_id, None)
-                self.fallbacks.pop(model_id, None)
-        elif is_fallback:
+            attempt = self.attempts.get(model_id)
+            if attempt is not None and (not went_back or attempt.concerns(outcome.spec)):
+                del self.attempts[model_id]
+            return
+        self.failure_rate.add(model_id, outcome.at_s)
+        if went_back:
             # Its files are gone or broken too: nothing to go back to. The attempt that matters is
             # that of the wanted version.
-            del self.fallbacks[model_id]
+            del self.served[model_id]
         else:
             self.attempts[model_id] = after_failure(
                 self.attempts.get(model_id), outcome, self._draw()

@@ -1,8 +1,8 @@
 """What a running node tells the command line, so that a plan can be made beside it.
 
 An `Observation` is all that planning needs to know of the node: what runs, what is remembered, what was
-asked for when. It travels as JSON; the times are seconds of the machine's monotonic clock, which all
-processes share.
+accepted, what was asked for when. It travels as JSON; the times are seconds of the machine's monotonic
+clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
-from splitlearn_manager.core.lifecycle import Owner, State
+from splitlearn_manager.core.model_reader import over_own_limit
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
-from splitlearn_manager.desired.state import DesiredModel, DesiredState, SourceRef
-from splitlearn_manager.reconcile.actions import Observed
+from splitlearn_manager.desired.state import DesiredModel
+from splitlearn_manager.reconcile.actions import Observed, Wanted
+from splitlearn_manager.reconcile.record import ModelRecord, models_from_text, models_to_text
 
 
 @dataclass(frozen=True)
@@ -26,51 +27,63 @@ class Observation:
         demands: for each declared model, its spec's hash and when it was last asked for.
         sizes_mb: for each declared model whose size was measured, its spec's hash and MB.
         base_dirs: for each instance, the directory that its relative paths start from.
-        sources: for each declared model, the file that declares it.
+        kept: what the node has accepted, as the text of its record.
     """
 
     observed: Observed
     demands: Mapping[str, tuple[str, float]]
     sizes_mb: Mapping[str, tuple[str, float]]
     base_dirs: Mapping[str, str | None]
-    sources: Mapping[str, str]
+    kept: str
 
-    def demanded_s(self, model_id: str, spec_hash: str, otherwise: float) -> float:
-        """When the node was asked for that very spec; `otherwise` if it does not know it."""
-        known, demanded_s = self.demands.get(model_id, ("", 0.0))
-        return demanded_s if known == spec_hash else otherwise
+    @classmethod
+    def of(
+        cls, observed: Observed, wanted: Mapping[str, Wanted], kept: Mapping[str, ModelRecord]
+    ) -> Observation:
+        return cls(
+            observed=observed,
+            demands={m: (w.spec.spec_hash, w.demanded_s) for m, w in wanted.items()},
+            sizes_mb={m: (w.spec.spec_hash, w.mb) for m, w in wanted.items() if w.weights_ready},
+            base_dirs={
+                v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
+                for v in observed.snapshot.instances
+            },
+            kept=models_to_text({m: replace(r, history=()) for m, r in kept.items()}).decode(),
+        )
 
-    def size_mb(self, model_id: str, spec_hash: str) -> float | None:
-        """What the node reserves for that very spec; None if it does not know it."""
+    def accepted(self) -> list[DesiredModel]:
+        """What the node has accepted, to be taken over by a source of one's own."""
+        return [kept.accepted for kept in self._records().values()]
+
+    def suspended(self) -> list[str]:
+        """The ids that people asked the node to leave as they are."""
+        return [model_id for model_id, kept in self._records().items() if kept.suspended]
+
+    def as_known(self, wanted: Wanted) -> Wanted:
+        """A wanted model with what the node knows of that very spec, or of its size."""
+        model_id, spec_hash = wanted.spec.model_id, wanted.spec.spec_hash
+        asked, demanded_s = self.demands.get(model_id, ("", 0.0))
         known, mb = self.sizes_mb.get(model_id, ("", 0.0))
-        return mb if known == spec_hash else None
+        if known != spec_hash:
+            mb = self._measured_mb(wanted)
+        return replace(
+            wanted,
+            mb=mb,
+            demanded_s=demanded_s if asked == spec_hash else wanted.demanded_s,
+            own_limit_problem=over_own_limit(wanted.spec.config, mb),
+        )
 
+    def _measured_mb(self, wanted: Wanted) -> float:
+        """What a loaded copy that differs in keys that are applied in place takes, else the estimate."""
+        measured = (
+            view.measured_mb
+            for view in self.observed.snapshot.instances
+            if view.model_id == wanted.spec.model_id and view.spec.version == wanted.spec.version
+        )
+        return next((mb for mb in measured if mb is not None), wanted.mb)
 
-def with_held(desired: DesiredState, node: Observation) -> DesiredState:
-    """Desired state with what the node holds on to, because the file that declared it is broken now.
-
-    Two looks see no more than that the file is broken; what it last said is known to the node, as the
-    spec that it serves.
-    """
-    broken = {problem.file for problem in desired.problems}
-    held: dict[str, DesiredModel] = {}
-    for view in node.observed.snapshot.instances:
-        model_id, spec = view.model_id, view.spec
-        file = node.sources.get(model_id, "")
-        doubt = model_id in desired.conflicts or file in broken or desired.source_message
-        if view.owner is not Owner.DIRECTORY or model_id in desired.models or not doubt:
-            continue
-        if view.state is State.READY:
-            held[model_id] = DesiredModel(
-                config=spec.config,
-                generation=spec.generation,
-                spec_hash=spec.spec_hash,
-                load_hash=spec.load_hash,
-                source=SourceRef(file, 1),
-                held="its file is broken",
-                weights=spec.weights,
-            )
-    return replace(desired, models=dict(sorted({**desired.models, **held}.items())))
+    def _records(self) -> Mapping[str, ModelRecord]:
+        return models_from_text(self.kept.encode())[0]
 
 
 _JSON = TypeAdapter(Observation)

@@ -8,12 +8,15 @@ reconciler carries a plan out; the command line prints it.
 How it decides, model by model, those of higher priority first:
 - loaded through the Python API: left alone;
 - an operation is under way on it: waits;
+- served and suspended: left alone;
 - served in the desired version: nothing, or `adjust` where only keys differ that are applied in place;
 - served in another version: `update`: by surge if both fit at once, else by recreate;
-- not served: `load`, making room by the rule of `core.eviction`; parked ones only on demand;
+- not served: `load`, making room by the rule of `core.eviction`; parked ones only on demand; where that
+  has failed, the version that served last; where too many have failed lately, nothing;
 - served, owned by the directory and no longer declared: `unload`.
 
-Order: adjustments, updates, loads that fit now, unloads, evictions with the loads that wait for them.
+Order: adjustments, updates, loads that fit now, both for models that failed before after those for
+others, unloads, evictions with the loads that wait for them.
 """
 
 from __future__ import annotations
@@ -28,10 +31,7 @@ from splitlearn_manager.core.eviction import (
     AwaitRoom,
     MakeRoom,
     Refused,
-    Resident,
-    admit,
 )
-from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.snapshot import InstanceView, residents
 from splitlearn_manager.reconcile.actions import (
@@ -43,8 +43,9 @@ from splitlearn_manager.reconcile.actions import (
     Waiting,
     Wanted,
 )
-from splitlearn_manager.reconcile.backoff import Attempt
+from splitlearn_manager.reconcile.backoff import MOST_FAILURES, WINDOW_S, Attempt
 from splitlearn_manager.reconcile.forecast import forecast
+from splitlearn_manager.reconcile.room import Room
 
 
 def plan(desired: Mapping[str, Wanted], observed: Observed) -> Plan:
@@ -53,7 +54,7 @@ def plan(desired: Mapping[str, Wanted], observed: Observed) -> Plan:
 
 
 class _Planner:
-    """The state of one planning: the ledger as it will be, and the lists that become the plan."""
+    """The state of one planning: the room as it will be, and the lists that become the plan."""
 
     def __init__(self, desired: Mapping[str, Wanted], observed: Observed) -> None:
         self._desired = desired
@@ -63,16 +64,14 @@ class _Planner:
         self._by_id: dict[str, list[InstanceView]] = {}
         for view in views:
             self._by_id.setdefault(view.model_id, []).append(view)
-        self._ledger: Ledger = observed.snapshot.ledger
-        self._residents: list[Resident] = residents(views, Owner.DIRECTORY)
+        self._room = Room(observed.snapshot.ledger, residents(views, Owner.DIRECTORY))
         self._waiting: list[Waiting] = []
 
     def run(self) -> Plan:
         unloads = self._unloads()
-        self._mark_freeing(a.key for a in unloads)
+        self._room.mark_freeing(a.key for a in unloads)
         adjusts: list[Action] = []
-        updates: list[Action] = []
-        loads: list[Action] = []
+        starts: list[Action] = []
         waiting_loads: list[Action] = []
         ordered = sorted(
             self._desired.values(), key=lambda w: (-w.spec.config.priority, w.spec.model_id)
@@ -85,18 +84,28 @@ class _Planner:
             elif action is not None and action.verb is Verb.EVICT:
                 unloads.append(action)
             elif action is not None:
-                updates.append(action)
-        for wanted in to_load:
+                starts.append(action)
+        for wanted in sorted(to_load, key=self._has_failed):
             for action in self._load(wanted):
-                (waiting_loads if action.after or action.verb is Verb.EVICT else loads).append(
+                (waiting_loads if action.after or action.verb is Verb.EVICT else starts).append(
                     action
                 )
-        actions = (*adjusts, *updates, *loads, *unloads, *waiting_loads)
+        starts.sort(key=self._is_repetition)
+        actions = (*adjusts, *starts, *unloads, *waiting_loads)
         return Plan(
             actions,
             tuple(sorted(self._waiting, key=lambda w: w.model_id)),
             forecast(self._observed.snapshot.ledger, actions, self._observed.max_parallel_loads),
         )
+
+    def _has_failed(self, wanted: Wanted) -> bool:
+        attempt = self._observed.attempts.get(wanted.spec.model_id)
+        return attempt is not None and attempt.concerns(wanted.spec)
+
+    def _is_repetition(self, action: Action) -> bool:
+        """Whether it does what failed before: that comes last, so that it delays nothing else."""
+        attempt = self._observed.attempts.get(action.model_id)
+        return attempt is not None and action.spec is not None and attempt.concerns(action.spec)
 
     def _unloads(self) -> list[Action]:
         """Served for the directory, and declared no more."""
@@ -137,11 +146,19 @@ class _Planner:
         if serving is None:
             self._consider_load(wanted, to_load)
             return None
+        if wanted.suspended:
+            return self._leave(serving)
         if serving.spec.version != wanted.spec.version:
             return self._update(wanted, serving)
         if serving.spec.spec_hash != wanted.spec.spec_hash:
             return self._adjust(wanted, serving)
         return self._park_if_idle(serving)
+
+    def _leave(self, serving: InstanceView) -> Action | None:
+        """Nothing happens to a suspended model, an eviction included."""
+        self._room.keep(serving.key, "suspended")
+        message = f"stays as it is until `resume {serving.model_id}`"
+        return self._wait(serving.model_id, "Suspended", message)
 
     def _adjust(self, wanted: Wanted, serving: InstanceView) -> Action | None:
         model_id = wanted.spec.model_id
@@ -160,13 +177,15 @@ class _Planner:
 
     def _park_if_idle(self, serving: InstanceView) -> Action | None:
         config = serving.spec.config
-        if config.keep_alive_s is None or config.pinned or serving.leases:
+        if config.keep_alive_s is None or config.pinned:
             return None
-        idle_at = serving.last_used_s + config.keep_alive_s
-        if self._observed.now_s < idle_at:
+        # While it is in use, that is the earliest moment at which it can have been idle for long enough.
+        busy_until_s = self._observed.now_s if serving.leases else serving.last_used_s
+        idle_at = busy_until_s + config.keep_alive_s
+        if serving.leases or self._observed.now_s < idle_at:
             message = f"unloaded when idle for keep_alive_s = {config.keep_alive_s:g} s"
             return self._wait(serving.model_id, "KeepAlive", message, idle_at)
-        self._mark_freeing((serving.key,))
+        self._room.mark_freeing((serving.key,))
         return Action(
             Verb.EVICT,
             serving.model_id,
@@ -183,14 +202,36 @@ class _Planner:
         if parked_s is not None and wanted.demanded_s <= parked_s:
             self._wait(model_id, "Evicted", "made room for others; the next request brings it back")
             return
+        if (limit := self._limit(model_id)) is not None:
+            self._waiting.append(limit)
+            return
+        fallback = self._observed.fallbacks.get(model_id)
+        if wanted.suspended and fallback is not None:
+            # It is to stay as it is: what served when it was suspended, not what was never tried.
+            self._wait(model_id, "Suspended", "the version that served last is loaded again")
+            to_load.append(fallback)
+            return
         why = self._why_not_load(wanted)
         if why is None:
             to_load.append(wanted)
             return
         self._waiting.append(why)
-        fallback = self._observed.fallbacks.get(model_id)
-        if fallback is not None and fallback.spec.version != wanted.spec.version:
+        if why.failed and fallback is not None:
             to_load.append(fallback)
+
+    def _limit(self, model_id: str) -> Waiting | None:
+        """That so many loads of the model have failed lately that none is tried, whoever asks."""
+        until_s = self._observed.limited.get(model_id)
+        if until_s is None or until_s <= self._observed.now_s:
+            return None
+        attempt = self._observed.attempts.get(model_id)
+        message = (
+            f"{MOST_FAILURES} loads of it failed within {WINDOW_S:g} s; no more than so many are tried, "
+            "whatever asks for it"
+        )
+        if attempt is not None:
+            message += f"; the last one: {attempt.message}"
+        return Waiting(model_id, "RateLimited", message, until_s, failed=True)
 
     def _why_not_load(self, wanted: Wanted) -> Waiting | None:
         """Why a load of this very version is not to be tried now, whatever room there is."""
@@ -201,9 +242,14 @@ class _Planner:
             return Waiting(model_id, "WeightsNotReady", "its files are still changing")
         if wanted.own_limit_problem is not None:
             return _over_memory_limit(model_id, wanted.own_limit_problem)
+        if (limit := self._limit(model_id)) is not None:
+            return limit
         attempt = self._observed.attempts.get(model_id)
         if attempt is None or not attempt.concerns(wanted.spec):
             return None
+        if wanted.suspended:
+            message = f"{attempt.message}; not tried again while it is suspended"
+            return Waiting(model_id, attempt.reason, message, failed=True)
         views = self._by_id.get(model_id, ())
         if any(v.state is State.FAILED and attempt.concerns(v.spec) for v in views):
             # Given up, and its loader has not come back: another one would hang beside it, and
@@ -228,7 +274,7 @@ class _Planner:
             wanted.demanded_s,
             may_evict=False,
         )
-        beside = admit(self._ledger, self._residents, request)
+        beside = self._room.ask(request)
         if setting != "recreate" and isinstance(beside, Admitted):
             return self._updating(wanted, serving, Mode.SURGE, beside.device)
         if setting == "surge":
@@ -241,7 +287,7 @@ class _Planner:
             # Taking the old version away again for what failed once would cost an outage a try.
             self._waiting.append(_after_failure(spec.model_id, attempt, None))
             return None
-        instead = admit(self._ledger, self._residents, replace(request, replaces=serving.key))
+        instead = self._room.ask(replace(request, replaces=serving.key))
         if isinstance(instead, Admitted):
             return self._updating(wanted, serving, Mode.RECREATE, instead.device)
         if isinstance(instead, Refused):
@@ -250,8 +296,8 @@ class _Planner:
 
     def _updating(self, wanted: Wanted, serving: InstanceView, mode: Mode, device: str) -> Action:
         spec = wanted.spec
-        self._mark_freeing((serving.key,))
-        self._ledger = self._ledger.promise(f"{spec.model_id} (planned)", device, wanted.mb)
+        self._room.mark_freeing((serving.key,))
+        self._room.promise(spec.model_id, device, wanted.mb)
         return Action(
             Verb.UPDATE,
             spec.model_id,
@@ -271,7 +317,7 @@ class _Planner:
         request = AdmissionRequest(
             spec.model_id, wanted.devices, wanted.mb, spec.config.priority, wanted.demanded_s
         )
-        decision = admit(self._ledger, self._residents, request)
+        decision = self._room.ask(request)
         after: tuple[str, ...] = ()
         if isinstance(decision, Refused):
             self._wait(spec.model_id, decision.reason, decision.message)
@@ -287,13 +333,11 @@ class _Planner:
                     mb=victim.mb,
                     reason="MadeRoom",
                 )
-            self._mark_freeing(v.key for v in decision.victims)
+            self._room.mark_freeing(v.key for v in decision.victims)
             after = tuple(sorted(v.model_id for v in decision.victims))
         elif isinstance(decision, AwaitRoom):
             after = decision.freeing
-        self._ledger = self._ledger.promise(
-            f"{spec.model_id} (planned)", decision.device, wanted.mb
-        )
+        self._room.promise(spec.model_id, decision.device, wanted.mb)
         if after:
             self._wait(
                 spec.model_id, "AwaitingMemory", f"waits for the memory of {', '.join(after)}"
@@ -310,14 +354,6 @@ class _Planner:
             after=after,
             source=wanted.source,
         )
-
-    def _mark_freeing(self, keys: Iterable[str | None]) -> None:
-        """From now on these count as on their way out: nobody evicts them, their memory comes back."""
-        going = frozenset(keys)
-        self._residents = [
-            replace(r, freeing=True, evictable=False) if r.key in going else r
-            for r in self._residents
-        ]
 
     def _wait(
         self, model_id: str, reason: str, message: str, until_s: float | None = None

@@ -4,7 +4,12 @@ Level-triggered: a turn looks at everything and decides afresh. Events from the 
 manager or a request only end the wait between turns. A turn never blocks on a load, an unload or a
 request: it starts operations and looks at their outcome in a later turn.
 
-What it remembers between turns is in `memory`.
+What was accepted is written down before it is acted on. A turn that finds all as it was plans and tells
+nothing, and the directory is looked at the less often the longer a look takes, unless something says
+that it has changed.
+
+What the loop remembers between turns is in `memory`, what people asked of it in `orders`, what outlives
+the process in `keeping`.
 """
 
 from __future__ import annotations
@@ -16,28 +21,38 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from splitlearn_manager.core.clock import Clock
-from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.core.model_manager import ModelManager
-from splitlearn_manager.core.model_reader import over_own_limit
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
-from splitlearn_manager.desired.state import DesiredModel, DesiredState, Source
-from splitlearn_manager.errors import ModelUnavailable, OperationInProgress, SplitlearnError
-from splitlearn_manager.logs import log_event
-from splitlearn_manager.reconcile.actions import (
-    Action,
-    Mode,
-    Observed,
-    Plan,
-    Verb,
-    Waiting,
-    Wanted,
-)
+from splitlearn_manager.desired.state import DesiredState, Instructions, Source
+from splitlearn_manager.errors import ModelUnavailable
+from splitlearn_manager.reconcile.acting import carry_out
+from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Wanted
+from splitlearn_manager.reconcile.keeping import Keeper
 from splitlearn_manager.reconcile.memory import Memory
-from splitlearn_manager.reconcile.observation import Observation, with_held
+from splitlearn_manager.reconcile.observation import Observation
+from splitlearn_manager.reconcile.orders import Orders
 from splitlearn_manager.reconcile.plan import plan
-from splitlearn_manager.reconcile.status import Facts, Phase, StatusBook
+from splitlearn_manager.reconcile.record import HistoryEntry
+from splitlearn_manager.reconcile.standing import Basis, Standing, basis_of
+from splitlearn_manager.reconcile.status import Facts, NodeInfo, Phase, StatusBook
+from splitlearn_manager.reconcile.store import Store
+from splitlearn_manager.reconcile.telling import (
+    Found,
+    ProblemLog,
+    facts_of,
+    names_of,
+    node_facts,
+    with_views,
+)
+from splitlearn_manager.reconcile.wanting import Wishes
 
 log = logging.getLogger(__name__)
+
+# Looking at the directory takes at most a hundredth of the time while nothing asks for it.
+_LOOKS_SHARE = 100.0
+_LATELY_S = 60.0
+_PREVIEW_LOOKS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +60,13 @@ class Turn:
     """What one turn found and did.
 
     Attributes:
+        plan: what was planned; in a turn that found all as it was, what was planned before.
         executed: actions that were started.
         took_s: how long the turn took.
         next_s: seconds until the next turn is due; None if only an event makes one due.
         settled: nothing to do, nothing under way, nothing unsettled in the directory.
+        looked: whether the directory was looked at.
+        changed: whether anything was found that was not so in the turn before.
     """
 
     desired: DesiredState
@@ -57,12 +75,15 @@ class Turn:
     took_s: float
     next_s: float | None
     settled: bool
+    looked: bool = True
+    changed: bool = True
 
 
 class Reconciler:
     """See the module's text.
 
     Attributes:
+        status: what is told of the models and of the node.
         names: ids of the declared models by endpoint and by id, as of the last turn.
         converged: whether everything once was as declared, or as near to it as it could be.
         last_turn_s: when the last turn ended, on the clock.
@@ -70,11 +91,14 @@ class Reconciler:
     Args:
         source: desired state.
         manager: observed state, and the operations.
-        resync_s: longest time between two looks at the directory.
+        store: keeps over a restart what must be; None keeps nothing.
+        resync_s: longest time between two turns, and between two looks at the directory while a look
+            takes less than a hundredth of it.
         max_parallel_loads: most loads that this loop has under way at a time.
         draw: uniform random numbers in [0, 1) for the jitter of retries.
         on_turn: called with each turn.
         on_error: called when a turn ended in an unexpected error.
+        about: what the node's server says of itself, for the status; asked each turn.
     """
 
     def __init__(
@@ -83,11 +107,13 @@ class Reconciler:
         manager: ModelManager,
         clock: Clock,
         *,
+        store: Store | None = None,
         resync_s: float = 1.0,
         max_parallel_loads: int = 2,
         draw: Callable[[], float] = random.random,
         on_turn: Callable[[Turn], None] | None = None,
         on_error: Callable[[], None] | None = None,
+        about: Callable[[], NodeInfo] = NodeInfo,
     ) -> None:
         self.resync_s = resync_s
         self.max_parallel_loads = max_parallel_loads
@@ -96,25 +122,52 @@ class Reconciler:
         self._clock = clock
         self._on_turn = on_turn or (lambda turn: None)
         self._on_error = on_error or (lambda: None)
+        self._about = about
         self.status = StatusBook(clock.wall)
         self._memory = Memory(clock.now, draw)
-        self._problems: frozenset[str] = frozenset()
-        self._latest_wanted: Mapping[str, Wanted] = {}
+        self._orders = Orders()
+        self._keeper = Keeper(store, clock)
+        self._wishes = Wishes(manager)
+        self._problem_log = ProblemLog()
         self._wake = threading.Condition()
         self._woken = True
+        self._look_asked = True
+        self._look_due_s = clock.now()
         self._stopping = False
+        self._turns_begun = 0
+        self._turn_ended = 0
+        self._restored = False
+        self._desired = DesiredState()
+        self._wanted: Mapping[str, Wanted] = {}
+        self._suspended: frozenset[str] = frozenset()
+        self._standing: Standing | None = None
+        self._found: Found | None = None
+        self._facts: list[Facts] = []
+        self._told_views: tuple[InstanceView, ...] = ()
         self.names: Mapping[str, tuple[str, ...]] = {}
         self.converged = False
         self.last_turn_s: float | None = None
-        manager.on_change(self.wake)
+        manager.on_change(self._turn_due)
         manager.on_event(self._memory.event)
+
+    def restore(self) -> None:
+        """Takes over what an earlier process kept; to be called once, before the first turn."""
+        self._restored = True
+        record = self._keeper.load()
+        self._source.restore([kept.accepted for kept in record.models.values()])
+        suspended = [model_id for model_id, kept in record.models.items() if kept.suspended]
+        self._orders.restore(suspended, record.confirmed_prune)
+        for model_id, kept in record.models.items():
+            if (spec := kept.to_go_back_to) is not None:
+                self._memory.served[model_id] = spec
 
     # Waking and waiting.
 
     def wake(self) -> None:
-        """Makes a turn due at once. Any thread may call it; calls before the turn are one."""
+        """Makes a turn due at once that looks at the directory. Any thread may call it; calls before
+        the turn are one."""
         with self._wake:
-            self._woken = True
+            self._woken = self._look_asked = True
             self._wake.notify_all()
 
     def stop(self) -> None:
@@ -131,7 +184,7 @@ class Reconciler:
         while True:
             delay_s: float | None = self.resync_s
             try:
-                turn = self.turn()
+                turn = self.next_turn()
                 if until(turn):
                     return
                 if turn.next_s is not None:
@@ -151,8 +204,7 @@ class Reconciler:
 
         Raises ModelUnavailable if it does not serve `timeout_s` later, or fails to load.
         """
-        self._memory.ask_for(model_id)
-        self.wake()
+        self.ask_for(model_id)
         deadline = self._clock.now() + timeout_s
         with self._wake:
             while model_id not in self._manager.table.by_model:
@@ -161,6 +213,11 @@ class Reconciler:
                 if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
                     raise ModelUnavailable(f"model {model_id!r} is {phase or 'gone'}; try again")
                 self._wake.wait(left)
+
+    def ask_for(self, model_id: str) -> None:
+        """Notes that a request wants the model, without waiting for it."""
+        self._memory.ask_for(model_id)
+        self._turn_due()
 
     def wait_converged(self, give_up: Callable[[], bool]) -> bool:
         """Waits until everything once was as declared, as near as it could be.
@@ -171,249 +228,241 @@ class Reconciler:
             self._wake.wait_for(lambda: self.converged or self._stopping or give_up())
         return self.converged
 
+    def await_turn(self, timeout_s: float) -> bool:
+        """Waits until a turn that began after this call has ended; False if none did in time."""
+        with self._wake:
+            wanted = self._turns_begun + 1
+            self._wake.wait_for(lambda: self._turn_ended >= wanted or self._stopping, timeout_s)
+            return self._turn_ended >= wanted
+
+    def _turn_due(self) -> None:
+        """Makes a turn due at once; the directory is looked at if that is due as well."""
+        with self._wake:
+            self._woken = True
+            self._wake.notify_all()
+
+    # What people ask for; in force from the next turn on.
+
+    def suspend(self, model_id: str) -> str:
+        """Leaves a model as it is until it is resumed; says what follows. Raises ModelNotFound."""
+        return self._ordered(self._orders.suspend(model_id))
+
+    def resume(self, model_id: str) -> str:
+        """Ends a suspension; says what follows. Raises ModelNotFound."""
+        return self._ordered(self._orders.resume(model_id))
+
+    def retry(self, model_id: str) -> str:
+        """Tries a failed load again at once; says what follows. Raises ModelNotFound."""
+        now = self._clock.now()
+        until_s = self._memory.failure_rate.limited(now).get(model_id)
+        limited_s = until_s - now if until_s is not None else None
+        attempt = self._memory.attempts.get(model_id)
+        return self._ordered(self._orders.retry(model_id, attempt, limited_s))
+
+    def confirm_prune(self, digest: str) -> str:
+        """Lets the models go that a prune guard holds; says which. Raises SplitlearnError (reason
+        `NothingToConfirm` or `DigestMismatch`)."""
+        return self._ordered(self._orders.confirm_prune(digest))
+
+    def history(self, model_id: str) -> tuple[HistoryEntry, ...]:
+        """The versions of a model that were accepted, oldest first; none if it is not known."""
+        return self._keeper.history(model_id)
+
+    def _ordered(self, answer: str) -> str:
+        self.wake()
+        return answer
+
     # A turn.
 
-    def turn(self) -> Turn:
-        """Looks, plans, starts what can start, and says when the next turn is due."""
+    def next_turn(self) -> Turn:
+        """A turn as `run` makes it: it looks at the directory if that is due or was asked for."""
+        with self._wake:
+            look = self._look_asked or self._clock.now() >= self._look_due_s
+        return self.turn(look=look)
+
+    def turn(self, *, look: bool = True) -> Turn:
+        """Looks, plans, starts what can start, and says when the next turn is due.
+
+        Args:
+            look: False goes by what the latest look at the directory gave.
+        """
         began_s = self._clock.now()
+        with self._wake:
+            self._turns_begun += 1
+            number = self._turns_begun
+            look = look or self._found is None
+            if look:
+                self._look_asked = False
+        for model_id in self._orders.take_retries():
+            self._memory.retry(model_id)
         tick_s = self._manager.tick()
         snapshot = self._manager.snapshot()
-        happened = self._memory.learn(snapshot)
-        desired = self._source.look(began_s)
-        wanted = self._wanted_of(desired)
-        for event in happened:
+        for event in self._memory.learn(snapshot, self._wanted):
             self.status.record(event.model_id, event.reason, event.message)
-        known = {*wanted, *(view.model_id for view in snapshot.instances)}
-        for model_id in self._memory.forget_all_but(known):
-            self._manager.forget(model_id)
-        made = plan(wanted, self._observed(snapshot))
-        executed = tuple(self._execute(made, snapshot))
-        self._publish(desired, wanted, snapshot, made, executed)
-        self._log_problems(desired)
-        busy = any(v.state in (State.LOADING, State.UNLOADING) for v in snapshot.instances)
-        turn = self._summary(desired, made, executed, busy, began_s, tick_s)
+        desired = self._look(began_s) if look else self._desired
+        basis = basis_of(desired, snapshot, self._memory.revision, self.max_parallel_loads)
+        changed = self._standing is None or not self._standing.holds(basis, snapshot, began_s)
+        found = self._decide(basis, snapshot, recheck=look) if changed else self._unchanged(look)
+        turn = self._summary(found, began_s, tick_s, looked=look, changed=changed)
+        self._publish(found, turn, snapshot)
         self.last_turn_s = self._clock.now()
         self._on_turn(turn)
         with self._wake:
             self.converged = self.converged or turn.settled
+            self._turn_ended = number
             self._wake.notify_all()
         return turn
 
-    def preview(
-        self, settle_s: float, node: Observation | None = None
-    ) -> tuple[DesiredState, Plan]:
-        """What a turn would do, without doing any of it (dry run).
+    def _look(self, now_s: float) -> DesiredState:
+        """Looks at the source, and sets when the next look is due."""
+        memory, orders = self._memory, self._orders
+        running = (v.model_id for v in self._manager.snapshot().instances)
+        asked = (m for m, at in list(memory.demands.items()) if at >= now_s - _LATELY_S)
+        instructions = Instructions(
+            suspended=orders.suspended,
+            confirmed_prune=orders.confirmed_prune,
+            watched=frozenset((*running, *memory.attempts, *asked)),
+        )
+        desired = self._source.look(now_s, instructions)
+        took_s = self._clock.now() - now_s
+        pause_s = max(self.resync_s, _LOOKS_SHARE * took_s)
+        if desired.next_check_s is not None:
+            pause_s = min(pause_s, desired.next_check_s)
+        self._look_due_s = now_s + took_s + pause_s
+        orders.looked(desired, instructions.confirmed_prune)
+        self._keeper.confirm(orders.confirmed_prune)
+        self._suspended = instructions.suspended
+        self._problem_log.say(desired)
+        self._desired = desired
+        return desired
 
-        Two looks stand for two that are `settle_s` apart, so a preview does not wait.
+    def _decide(self, basis: Basis, snapshot: Snapshot, *, recheck: bool) -> Found:
+        """Plans, writes down what is accepted, and acts."""
+        desired, memory = basis.desired, self._memory
+        wanted = self._wishes.of(desired.models, memory.demands, memory.take_measured())
+        running = (v.model_id for v in snapshot.instances)
+        for model_id in memory.forget_all_but({*wanted, *desired.undecided, *running}):
+            self._manager.forget(model_id)
+        self._keeper.take(desired, self._suspended, memory.served)
+        self._keeper.take_outcomes(snapshot, memory.attempts)
+        self._keeper.save(recheck=recheck)
+        observed = self._observed(snapshot, wanted)
+        made = plan(wanted, observed)
+        executed = carry_out(
+            made, self._manager, snapshot, self.max_parallel_loads, self.status.record
+        )
+        self._standing = Standing(made, basis, wanted, snapshot)
+        if wanted is not self._wanted or not self.names:
+            self.names = names_of(wanted)
+        self._wanted = wanted
+        self._found = Found(desired, wanted, observed, made, executed)
+        return self._found
 
-        Args:
-            node: another process's node, to plan for that one; None plans for this manager.
-        """
-        now = self._clock.now()
-        self._source.look(now)
-        desired = self._source.look(now + settle_s)
-        if node is None:
-            wanted = self._wanted_of(desired)
-            return desired, plan(wanted, self._observed(self._manager.snapshot()))
-        desired = with_held(desired, node)
-        wanted = {m: _as_known_to(node, w) for m, w in self._wanted_of(desired).items()}
-        return desired, plan(wanted, node.observed)
+    def _unchanged(self, looked: bool) -> Found:
+        """What was found before."""
+        assert self._found is not None
+        self._keeper.save(recheck=looked)
+        if self._found.executed or self._found.desired is not self._desired:
+            self._found = replace(self._found, executed=(), desired=self._desired)
+        return self._found
 
-    def observe(self) -> Observation:
-        """What planning needs to know of this node, as of the last turn. Any thread may ask."""
-        wanted = self._latest_wanted
-        snapshot = self._manager.snapshot()
-        return Observation(
-            observed=self._observed(snapshot),
-            demands={m: (w.spec.spec_hash, w.demanded_s) for m, w in wanted.items()},
-            sizes_mb={m: (w.spec.spec_hash, w.mb) for m, w in wanted.items() if w.weights_ready},
-            base_dirs={
-                v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
-                for v in snapshot.instances
-            },
-            sources={m: w.source for m, w in wanted.items()},
+    def _summary(
+        self, found: Found, began_s: float, tick_s: float | None, *, looked: bool, changed: bool
+    ) -> Turn:
+        now, desired = self._clock.now(), found.desired
+        pending = not desired.complete or desired.next_check_s is not None
+        times = [self._standing.due_s if self._standing else None, self._keeper.due_s]
+        if desired.next_check_s is not None:
+            times.append(self._look_due_s)
+        due = [at - now for at in times if at is not None]
+        if tick_s is not None:
+            due.append(tick_s)
+        under_way = (State.LOADING, State.UNLOADING)
+        busy = any(v.state in under_way for v in found.observed.snapshot.instances)
+        return Turn(
+            desired=desired,
+            plan=found.plan,
+            executed=found.executed,
+            took_s=now - began_s,
+            next_s=max(0.0, min(due)) if due else None,
+            settled=not pending and not found.plan.actions and not busy,
+            looked=looked,
+            changed=changed,
         )
 
-    def _observed(self, snapshot: Snapshot) -> Observed:
+    def _publish(self, found: Found, turn: Turn, snapshot: Snapshot) -> None:
+        node = node_facts(
+            found,
+            self._about(),
+            settled=turn.settled,
+            converged=self.converged or turn.settled,
+            state_problem=self._keeper.problem,
+        )
+        facts = self._facts
+        if turn.changed:
+            facts = facts_of(found)
+        elif snapshot.instances != self._told_views:
+            facts = with_views(facts, snapshot)
+        if facts is not self._facts or node != self.status.node_facts:
+            self.status.publish(facts, node, self._clock.now())
+        self._facts, self._told_views = facts, snapshot.instances
+
+    def _observed(self, snapshot: Snapshot, wanted: Mapping[str, Wanted]) -> Observed:
+        now = self._clock.now()
         return Observed(
             snapshot=snapshot,
             attempts=dict(self._memory.attempts),
             parked=dict(self._memory.parked),
-            fallbacks=dict(self._memory.fallbacks),
+            fallbacks=self._wishes.fallbacks(self._memory.served, wanted),
+            limited=self._memory.failure_rate.limited(now),
+            max_parallel_loads=self.max_parallel_loads,
+            now_s=now,
+        )
+
+    # Planning without acting.
+
+    def preview(
+        self, settle_s: float, node: Observation | None = None, confirmed_prune: str = ""
+    ) -> tuple[DesiredState, Plan]:
+        """What a turn would do, without doing or writing any of it (dry run).
+
+        Looks that are `settle_s` apart on a clock of their own stand for waiting, so a preview does not
+        wait.
+
+        Args:
+            node: another process's node, to plan for that one; None plans for this manager, with what
+                the store kept.
+            confirmed_prune: the digest of a prune guard, to plan for its confirmation.
+        """
+        if node is not None:
+            self._source.restore(node.accepted())
+            self._orders.restore(node.suspended(), "")
+        elif not self._restored:
+            self.restore()
+        now = self._clock.now()
+        instructions = Instructions(
+            suspended=self._orders.suspended, confirmed_prune=confirmed_prune
+        )
+        desired = self._source.look(now, instructions)
+        for _ in range(_PREVIEW_LOOKS):
+            now += max(settle_s, desired.next_check_s or 0.0)
+            desired = self._source.look(now, instructions)
+            if desired.next_check_s is None:
+                break
+        wanted = self._wishes.of(desired.models, self._memory.demands)
+        if node is None:
+            return desired, plan(wanted, self._observed(self._manager.snapshot(), wanted))
+        known = {m: node.as_known(w) for m, w in wanted.items()}
+        return desired, plan(known, node.observed)
+
+    def observe(self) -> Observation:
+        """What planning needs to know of this node, as of the last turn. Any thread may ask."""
+        found, wanted = self._found, self._wanted
+        snapshot = self._manager.snapshot()
+        observed = replace(
+            found.observed if found is not None else Observed(snapshot),
+            snapshot=snapshot,
             max_parallel_loads=self.max_parallel_loads,
             now_s=self._clock.now(),
         )
-
-    def _wanted_of(self, desired: DesiredState) -> dict[str, Wanted]:
-        return {model_id: self._wanted(model) for model_id, model in desired.models.items()}
-
-    def _summary(
-        self,
-        desired: DesiredState,
-        made: Plan,
-        executed: tuple[Action, ...],
-        busy: bool,
-        began_s: float,
-        tick_s: float | None,
-    ) -> Turn:
-        now = self._clock.now()
-        waits = [w.until_s - now for w in made.waiting if w.until_s is not None]
-        due = [s for s in (desired.next_check_s, tick_s, *waits) if s is not None]
-        pending = not desired.complete or desired.next_check_s is not None
-        settled = not pending and not made.actions and not busy
-        next_s = max(0.0, min(due)) if due else None
-        return Turn(desired, made, executed, now - began_s, next_s, settled)
-
-    def _wanted(self, model: DesiredModel) -> Wanted:
-        config = model.config
-        spec = ModelSpec(
-            config, model.spec_hash, model.load_hash, model.weights or "", model.generation
-        )
-        problem = model.weights_problem or ""
-        mb, ready = 0.0, model.weights is not None
-        if ready:
-            try:
-                mb = self._manager.size_mb(spec)
-            except SplitlearnError as error:
-                ready, problem = False, error.message
-        return Wanted(
-            spec=spec,
-            mb=mb,
-            devices=self._manager.devices_for(config),
-            demanded_s=max(model.accepted_at, self._memory.demands.get(config.model_id, 0.0)),
-            weights_ready=ready,
-            weights_problem=problem,
-            own_limit_problem=over_own_limit(config, mb),
-            source=model.source.file,
-        )
-
-    # Acting.
-
-    def _execute(self, made: Plan, snapshot: Snapshot) -> list[Action]:
-        """Starts, in order, what can start now. What a check refuses is planned anew next turn."""
-        loading = sum(v.state is State.LOADING for v in snapshot.instances)
-        executed = []
-        for action in made.actions:
-            takes_turn = action.verb in (Verb.LOAD, Verb.UPDATE)
-            if action.after or (takes_turn and loading >= self.max_parallel_loads):
-                continue
-            try:
-                done = self._start(action, snapshot)
-            except (OperationInProgress, ModelUnavailable) as refusal:
-                log_event(log, logging.DEBUG, "ActionSkipped", str(refusal), model=action.model_id)
-                continue
-            if done:
-                executed.append(action)
-                loading += takes_turn
-        return executed
-
-    def _start(self, action: Action, snapshot: Snapshot) -> bool:
-        manager, model_id = self._manager, action.model_id
-        if action.verb is Verb.UNLOAD:
-            return manager.begin_unload(model_id, action.reason, key=action.key)
-        if action.verb is Verb.EVICT:
-            return manager.begin_evict(model_id, action.key or "", action.reason)
-        assert action.spec is not None
-        if action.verb is Verb.ADJUST:
-            return self._adjust(action, action.spec)
-        if action.mode is Mode.RECREATE:
-            return self._recreate(action, action.spec, snapshot)
-        started = manager.begin_load(action.spec, Owner.DIRECTORY, action.device, action.mb)
-        return started is not None
-
-    def _adjust(self, action: Action, spec: ModelSpec) -> bool:
-        done = self._manager.adjust(spec)
-        if done:
-            log_event(log, logging.INFO, "Adjusted", action.detail, model=action.model_id)
-            self.status.record(action.model_id, "Adjusted", action.detail)
-        return done
-
-    def _recreate(self, action: Action, spec: ModelSpec, snapshot: Snapshot) -> bool:
-        old = next((v for v in snapshot.instances if v.key == action.key), None)
-        if old is None or not self._manager.begin_replace(spec, action.device, action.mb):
-            return False
-        self._memory.fallbacks[action.model_id] = Wanted(
-            spec=old.spec,
-            mb=old.reserved_mb,
-            devices=(old.device,),
-            demanded_s=self._clock.now(),
-            source=action.source,
-        )
-        return True
-
-    # Telling.
-
-    def _publish(
-        self,
-        desired: DesiredState,
-        wanted: Mapping[str, Wanted],
-        snapshot: Snapshot,
-        made: Plan,
-        executed: tuple[Action, ...],
-    ) -> None:
-        views: dict[str, list[InstanceView]] = {}
-        for view in snapshot.instances:
-            views.setdefault(view.model_id, []).append(view)
-        turns = _awaiting_turn(made, executed, self.max_parallel_loads)
-        self.status.publish(
-            [
-                Facts(
-                    model_id=model_id,
-                    wanted=wanted.get(model_id),
-                    views=tuple(views.get(model_id, ())),
-                    attempt=self._memory.attempts.get(model_id),
-                    parked=model_id in self._memory.parked,
-                    waiting=made.waiting_for(model_id) or turns.get(model_id),
-                    held=(desired.models[model_id].held or "") if model_id in wanted else "",
-                    source_available=desired.source_available,
-                )
-                for model_id in sorted({*wanted, *views})
-            ],
-            self._clock.now(),
-        )
-        self._latest_wanted = wanted
-        self.names = _names(wanted)
-
-    def _log_problems(self, desired: DesiredState) -> None:
-        """Says once, in one line each, what is wrong in the directory, and when it is well again."""
-        problems = {str(problem) for problem in desired.problems}
-        if not desired.source_available:
-            problems.add(desired.source_message)
-        for problem in sorted(problems - self._problems):
-            log_event(log, logging.ERROR, "Problem", problem)
-        for problem in sorted(self._problems - problems):
-            log_event(log, logging.INFO, "Resolved", problem)
-        self._problems = frozenset(problems)
-
-
-def _awaiting_turn(
-    made: Plan, executed: tuple[Action, ...], max_parallel_loads: int
-) -> dict[str, Waiting]:
-    """What is said of the models whose loads fit, and were not started for want of a slot."""
-    message = f"{max_parallel_loads} models may be loaded at a time (max_parallel_loads)"
-    return {
-        action.model_id: Waiting(action.model_id, "AwaitingTurn", message)
-        for action in made.actions
-        if action.verb in (Verb.LOAD, Verb.UPDATE) and action not in executed
-    }
-
-
-def _as_known_to(node: Observation, wanted: Wanted) -> Wanted:
-    """A wanted model with what a running node knows of that very spec."""
-    model_id, spec_hash = wanted.spec.model_id, wanted.spec.spec_hash
-    mb = node.size_mb(model_id, spec_hash)
-    return replace(
-        wanted,
-        mb=wanted.mb if mb is None else mb,
-        demanded_s=node.demanded_s(model_id, spec_hash, wanted.demanded_s),
-    )
-
-
-def _names(wanted: Mapping[str, Wanted]) -> Mapping[str, tuple[str, ...]]:
-    """The declared models by every name that a request may use: endpoint or model id, endpoint first."""
-    names: dict[str, list[str]] = {}
-    for model_id in sorted(wanted):
-        names.setdefault(wanted[model_id].spec.config.effective_endpoint, []).append(model_id)
-    for model_id in sorted(wanted):
-        names.setdefault(model_id, [model_id])
-    return {name: tuple(ids) for name, ids in names.items()}
+        return Observation.of(observed, wanted, self._keeper.models)

@@ -1,301 +1,289 @@
-"""What is going on with each model, in the terms that people know: phase, conditions, events.
+"""What is going on with each model and with the node, for the HTTP API, the command line and metrics.
 
-`phase_of`, `sync_of`, `health_of` and `conditions_of` are pure. `StatusBook` remembers what cannot be
-derived from one moment: since when a condition has been as it is, and the latest events. It decides
-nothing: the loop fills it, the HTTP API and the command line show it.
+The loop publishes facts; `StatusBook` keeps them, and adds what cannot be told from one moment: since
+when a condition or a phase has been as it is, and the events. What is shown is worded when it is asked
+for, so that publishing costs little however many models there are, and a model keeps little.
+
+It decides nothing. `facts` says what phase, sync and health mean, `conditions` and `node_status` word
+the conditions, `explain` the explanations; `described` gives all of it as data.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.snapshot import InstanceView
-from splitlearn_manager.reconcile.actions import Waiting, Wanted
-from splitlearn_manager.reconcile.backoff import Attempt
+from splitlearn_manager.reconcile.conditions import (
+    Moment,
+    conditions_of,
+    doubt_of,
+    situation,
+    statuses_of,
+)
+from splitlearn_manager.reconcile.described import Since, model_dict, node_dict, since_of
+from splitlearn_manager.reconcile.events import EVENTS_KEPT, Event, EventLog
+from splitlearn_manager.reconcile.explain import explain, explain_conflict
+from splitlearn_manager.reconcile.facts import (
+    Facts,
+    Health,
+    Phase,
+    Sync,
+    health_of,
+    phase_of,
+    sync_of,
+)
+from splitlearn_manager.reconcile.node_facts import DeviceUse, NodeFacts, NodeInfo
+from splitlearn_manager.reconcile.node_status import node_conditions
 
-EVENTS_KEPT = 50
+__all__ = [
+    "EVENTS_KEPT",
+    "DeviceUse",
+    "Entry",
+    "Event",
+    "Facts",
+    "Health",
+    "Moment",
+    "NodeFacts",
+    "NodeInfo",
+    "Phase",
+    "StatusBook",
+    "Sync",
+    "conditions_of",
+    "health_of",
+    "phase_of",
+    "sync_of",
+]
 
-
-class Phase(StrEnum):
-    """Where a desired model stands."""
-
-    PENDING = "Pending"
-    LOADING = "Loading"
-    READY = "Ready"
-    UPDATING = "Updating"
-    EVICTED = "Evicted"
-    FAILED = "Failed"
-    TERMINATING = "Terminating"
-
-
-class Sync(StrEnum):
-    """Whether what runs is what is declared."""
-
-    SYNCED = "Synced"
-    OUT_OF_SYNC = "OutOfSync"
-    UNKNOWN = "Unknown"
-
-
-class Health(StrEnum):
-    """Whether what runs is well."""
-
-    HEALTHY = "Healthy"
-    PROGRESSING = "Progressing"
-    DEGRADED = "Degraded"
-    MISSING = "Missing"
-    SUSPENDED = "Suspended"
+# Why a model waits, where people should read of it among the events; other reasons pass by themselves.
+_WORTH_AN_EVENT = frozenset(
+    {
+        "DeviceNotFound",
+        "InsufficientMemory",
+        "MaxModels",
+        "OverMemoryLimit",
+        "OwnedByApi",
+        "RateLimited",
+        "WeightsNotFound",
+    }
+)
+# Doubts that people end; the others end by themselves, or are the node's and not the model's.
+_DOUBTS_WORTH_AN_EVENT = frozenset({"Conflict", "KeptLastGood", "PruneGuard"})
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """All that is known of one model at one moment.
+class Entry:
+    """What is kept of one model. Another object as soon as anything about the model is another.
 
     Attributes:
-        wanted: what the directory declares; None once no file does.
-        held: why an older spec than the file's is kept (the file is invalid, in conflict, …), or "".
-        source_available: False while the directory itself cannot be read.
+        phase_since: unix time since when it is in its phase.
+        since: since when its conditions have their status.
+        doubt: why its file is not followed, as the events tell it; empty if it is.
     """
 
-    model_id: str
-    wanted: Wanted | None
-    views: tuple[InstanceView, ...]
-    attempt: Attempt | None
-    parked: bool
-    waiting: Waiting | None
-    held: str
-    source_available: bool
-
-    @property
-    def of_api(self) -> bool:
-        """Loaded through the Python API: nobody declares it, and nobody takes it away."""
-        return self.wanted is None and any(v.owner is Owner.API for v in self.views)
-
-    @property
-    def serving(self) -> InstanceView | None:
-        return next((v for v in self.views if v.state is State.READY), None)
-
-    @property
-    def failed_attempt(self) -> Attempt | None:
-        """The failed loads of the very version that is wanted."""
-        if self.attempt is None or self.wanted is None:
-            return None
-        return self.attempt if self.attempt.concerns(self.wanted.spec) else None
-
-    @property
-    def failure(self) -> tuple[str, str] | None:
-        """Reason and message of why the wanted version cannot be served as things are."""
-        if self.waiting is not None and self.waiting.failed:
-            return (self.waiting.reason, self.waiting.message)
-        attempt = self.failed_attempt
-        return (attempt.reason, attempt.message) if attempt is not None else None
-
-    @property
-    def why(self) -> tuple[str, str] | None:
-        """Reason and message of why it is not as wanted: a failure before what it waits for."""
-        if self.failure is not None:
-            return self.failure
-        return (self.waiting.reason, self.waiting.message) if self.waiting is not None else None
-
-    @property
-    def up_to_date(self) -> bool:
-        serving = self.serving
-        return (
-            serving is not None
-            and self.wanted is not None
-            and serving.spec.spec_hash == self.wanted.spec.spec_hash
-            and serving.spec.version == self.wanted.spec.version
-        )
+    facts: Facts
+    phase: Phase
+    phase_since: float
+    since: Since
+    doubt: str
 
 
 @dataclass(frozen=True, slots=True)
-class Condition:
-    """One fact about a model: `status` is True, False or Unknown; `since` is unix time in seconds."""
+class _Board:
+    """All that was published last; swapped whole, so that readers need no lock."""
 
-    type: str
-    status: str
-    reason: str
-    message: str
-    since: float
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """Something that happened to a model; equal ones in a row are counted, `at` is the latest."""
-
-    at: float
-    reason: str
-    message: str
-    count: int = 1
-
-
-def phase_of(facts: Facts) -> Phase:
-    states = {v.state for v in facts.views}
-    if facts.wanted is None and not facts.of_api:
-        return Phase.TERMINATING
-    if State.READY in states:
-        return Phase.UPDATING if State.LOADING in states else Phase.READY
-    if State.LOADING in states:
-        return Phase.LOADING
-    if State.UNLOADING in states:
-        return Phase.EVICTED if facts.parked else Phase.UPDATING
-    if facts.failure is not None:
-        return Phase.FAILED
-    return Phase.EVICTED if facts.parked else Phase.PENDING
-
-
-def sync_of(facts: Facts) -> Sync:
-    if facts.of_api:
-        return Sync.SYNCED
-    if not facts.source_available or facts.held:
-        return Sync.UNKNOWN
-    return Sync.SYNCED if facts.up_to_date else Sync.OUT_OF_SYNC
-
-
-def health_of(facts: Facts) -> Health:
-    phase = phase_of(facts)
-    if phase is Phase.READY:
-        stuck = facts.failure is not None and not facts.up_to_date
-        return Health.DEGRADED if stuck else Health.HEALTHY
-    return {
-        Phase.LOADING: Health.PROGRESSING,
-        Phase.UPDATING: Health.PROGRESSING,
-        Phase.TERMINATING: Health.PROGRESSING,
-        Phase.EVICTED: Health.SUSPENDED,
-        Phase.FAILED: Health.DEGRADED,
-    }.get(phase, Health.MISSING)
-
-
-def conditions_of(facts: Facts) -> tuple[tuple[str, str, str, str], ...]:
-    """(type, status, reason, message) of each condition that applies."""
-    rows = [_accepted(facts), _synced(facts), _ready(facts)]
-    if (serving := facts.serving) is not None:
-        notes = "; ".join(serving.notes)
-        rows.append(
-            ("Warmed", "True", "WarmedUp", notes)
-            if serving.warmed
-            else ("Warmed", "False", "NotWarmedUp", notes or "warmup is off")
-        )
-    return tuple(rows)
-
-
-def _accepted(facts: Facts) -> tuple[str, str, str, str]:
-    if facts.of_api:
-        return ("Accepted", "True", "LoadedThroughApi", "")
-    if facts.wanted is None:
-        return ("Accepted", "False", "NotDeclared", "no file declares it")
-    generation = facts.wanted.spec.generation
-    if not facts.source_available:
-        return (
-            "Accepted",
-            "Unknown",
-            "SourceUnavailable",
-            f"generation {generation} stays in force",
-        )
-    if facts.held:
-        return ("Accepted", "False", "KeptLastGood", f"{facts.held}; generation {generation} stays")
-    return ("Accepted", "True", "SpecAccepted", f"generation {generation}")
-
-
-def _synced(facts: Facts) -> tuple[str, str, str, str]:
-    sync = sync_of(facts)
-    if sync is Sync.SYNCED:
-        return ("Synced", "True", "UpToDate", "")
-    status = "Unknown" if sync is Sync.UNKNOWN else "False"
-    if facts.serving is not None and facts.failure is not None:
-        return ("Synced", status, "UpdateFailed", ": ".join(facts.failure))
-    if facts.why is not None:
-        return ("Synced", status, *facts.why)
-    return ("Synced", status, str(phase_of(facts)), "")
-
-
-def _ready(facts: Facts) -> tuple[str, str, str, str]:
-    serving, wanted = facts.serving, facts.wanted
-    if serving is None:
-        return ("Ready", "False", *(facts.why or (str(phase_of(facts)), "")))
-    if facts.of_api or (wanted is not None and serving.spec.generation == wanted.spec.generation):
-        return (
-            "Ready",
-            "True",
-            "Serving",
-            f"generation {serving.spec.generation} on {serving.device}",
-        )
-    older = f"generation {serving.spec.generation} serves"
-    return ("Ready", "False", "OlderGenerationServes", older)
+    entries: Mapping[str, Entry]
+    phases: Mapping[str, Phase]
+    node: NodeFacts
+    node_since: Since
+    moment: Moment
+    revision: int
 
 
 class StatusBook:
-    """Status of every model, as JSON-ready mappings. Used by one thread; `published` by any."""
+    """See the module's text. One thread publishes; any thread may do anything else.
+
+    Args:
+        wall: unix time, in seconds.
+    """
 
     def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
-        self._conditions: dict[str, dict[str, Condition]] = {}
-        self._events: dict[str, deque[Event]] = {}
-        self.published: Mapping[str, Mapping[str, object]] = {}
-        self.phases: Mapping[str, Phase] = {}
+        self._log = EventLog(wall)
+        node, moment = NodeFacts(), Moment(0.0, wall())
+        since = _node_since(node, (), moment)
+        self._board = _Board({}, {}, node, since, moment, 0)
+
+    # Told by the loop.
 
     def record(self, model_id: str, reason: str, message: str) -> None:
-        """Adds an event to the model's ring; a repeated one is counted."""
-        ring = self._events.setdefault(model_id, deque(maxlen=EVENTS_KEPT))
-        now = self._wall()
-        if ring and (ring[-1].reason, ring[-1].message) == (reason, message):
-            ring.append(Event(now, reason, message, ring.pop().count + 1))
-        else:
-            ring.append(Event(now, reason, message))
+        """Something happened to a model. A repetition of its latest event is counted."""
+        self._log.record(model_id, reason, message)
 
-    def publish(self, facts: Sequence[Facts], now_s: float) -> None:
-        """Replaces what is shown; models without facts are forgotten."""
-        known = {f.model_id for f in facts}
-        for gone in set(self._conditions) - known:
-            del self._conditions[gone]
-            self._events.pop(gone, None)
-        self.phases = {f.model_id: phase_of(f) for f in facts}
-        self.published = {f.model_id: self._describe(f, now_s) for f in facts}
+    def publish(self, facts: Sequence[Facts], node: NodeFacts, now_s: float) -> None:
+        """Replaces what is shown, and adds events of what people should read of: a new generation, a
+        file that is not followed, a wait that does not pass by itself.
 
-    def _describe(self, facts: Facts, now_s: float) -> Mapping[str, object]:
-        wall = self._wall()
-        serving, wanted = facts.serving, facts.wanted
-        kept = self._conditions.setdefault(facts.model_id, {})
-        current: dict[str, Condition] = {}
-        for kind, status, reason, message in conditions_of(facts):
-            old = kept.get(kind)
-            since = old.since if old is not None and old.status == status else wall
-            current[kind] = Condition(kind, status, reason, message, since)
-        self._conditions[facts.model_id] = current
-        retry = facts.waiting.until_s if facts.waiting else None
-        reason, message = facts.why or ("", "")
-        return {
-            "model_id": facts.model_id,
-            "owner": str(facts.views[0].owner) if facts.views else "directory",
-            "phase": str(phase_of(facts)),
-            "sync": str(sync_of(facts)),
-            "health": str(health_of(facts)),
-            "reason": reason,
-            "message": message,
-            "next_retry_s": max(0.0, retry - now_s) if retry is not None else None,
-            "generation": wanted.spec.generation if wanted else None,
-            "observed_generation": serving.spec.generation if serving else None,
-            "source": wanted.source if wanted else "",
-            "device": serving.device if serving else None,
-            "memory_mb": serving.measured_mb if serving else None,
-            "in_flight": serving.leases if serving else 0,
-            "requests": sum(v.requests for v in facts.views),
-            "errors": sum(v.errors for v in facts.views),
-            "conditions": [
-                {
-                    "type": c.type,
-                    "status": c.status,
-                    "reason": c.reason,
-                    "message": c.message,
-                    "since": c.since,
-                }
-                for c in current.values()
-            ],
-            "events": [
-                {"at": e.at, "reason": e.reason, "message": e.message, "count": e.count}
-                for e in self._events.get(facts.model_id, ())
-            ],
-        }
+        Models without facts are forgotten; the node keeps its events of them.
+
+        Args:
+            facts: of every model. Those that are as before cost a comparison.
+            now_s: the moment on the manager's clock, to which the facts' times refer.
+        """
+        board, moment = self._board, Moment(now_s, self._wall())
+        entries: dict[str, Entry] = {}
+        shared: dict[Since, Since] = {}
+        changed = False
+        for fact in facts:
+            before = board.entries.get(fact.model_id)
+            if before is None or (before.facts is not fact and before.facts != fact):
+                changed = True
+                entry = _entry(fact, before, moment, shared)
+                self._tell(entry, before, moment)
+                entries[fact.model_id] = entry
+            else:
+                entries[fact.model_id] = before
+        changed = changed or len(entries) != len(board.entries)
+        if changed:
+            self._log.forget_all_but(entries)
+        elif node == board.node:
+            # The same, seen later: a step of the wall clock moves what is shown of times to come.
+            self._board = _Board(
+                board.entries, board.phases, board.node, board.node_since, moment, board.revision
+            )
+            return
+        self._board = _Board(
+            entries=entries,
+            phases={model_id: entry.phase for model_id, entry in entries.items()},
+            node=node,
+            node_since=_node_since(node, board.node_since, moment),
+            moment=moment,
+            revision=board.revision + 1,
+        )
+
+    def _tell(self, entry: Entry, before: Entry | None, moment: Moment) -> None:
+        """Events of what has changed about a model, beside what the loop records itself."""
+        facts = entry.facts
+        accepted = before.facts.generation if before is not None else None
+        is_new = facts.wanted is not None and facts.generation != accepted
+        if is_new or entry.doubt != (before.doubt if before is not None else ""):
+            row = conditions_of(facts, moment)[0]
+            self.record(facts.model_id, row.reason, row.message)
+        if facts.suspended != (before.facts.suspended if before is not None else False):
+            told = "it stays as it is" if facts.suspended else "its file is followed again"
+            self.record(facts.model_id, "Suspended" if facts.suspended else "Resumed", told)
+        reason = facts.why[0] if facts.why is not None else ""
+        known = before.facts.why if before is not None else None
+        if reason in _WORTH_AN_EVENT and (known is None or known[0] != reason):
+            self.record(facts.model_id, reason, situation(facts, moment))
+
+    # Asked by anybody.
+
+    @property
+    def revision(self) -> int:
+        """Another number as soon as something that is shown, events aside, is another."""
+        return self._board.revision
+
+    @property
+    def phases(self) -> Mapping[str, Phase]:
+        """The phase of each model; another object whenever `revision` is another."""
+        return self._board.phases
+
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """What is kept of each model; an entry is another object whenever its model has changed."""
+        return self._board.entries
+
+    @property
+    def node_facts(self) -> NodeFacts:
+        """What was published of the node last."""
+        return self._board.node
+
+    @property
+    def moment(self) -> Moment:
+        """When it was published last."""
+        return self._board.moment
+
+    @property
+    def published(self) -> Mapping[str, Mapping[str, object]]:
+        """All models, described, by id."""
+        board = self._board
+        return {m: self._describe(board, board.entries[m]) for m in sorted(board.entries)}
+
+    def describe(self, model_id: str) -> dict[str, object] | None:
+        """One model, as data for JSON; None if there is none of that id."""
+        board = self._board
+        entry = board.entries.get(model_id)
+        return self._describe(board, entry) if entry is not None else None
+
+    def models(self) -> list[dict[str, object]]:
+        """All models, as data for JSON, sorted by id."""
+        board = self._board
+        return [self._describe(board, board.entries[m]) for m in sorted(board.entries)]
+
+    def node(self) -> dict[str, object]:
+        """The node itself, as data for JSON."""
+        board = self._board
+        counts = dict.fromkeys((str(phase) for phase in Phase), 0)
+        for phase in board.phases.values():
+            counts[str(phase)] += 1
+        return node_dict(board.node, board.node_since, counts)
+
+    def events(
+        self, after: int = 0, model_id: str | None = None
+    ) -> tuple[list[dict[str, object]], int]:
+        """Events after a serial, oldest first, and the serial to ask with the next time.
+
+        The node keeps its latest 1,000; a repeated one is given anew, with its count. A serial that
+        was never given out comes from an earlier process of the node: then all are given.
+        """
+        found, last = self._log.since(after, model_id)
+        return [event.as_dict() for event in found], last
+
+    def explain(self, model_id: str) -> dict[str, object] | None:
+        """Why the model is in its phase, as data for JSON; None if there is none of that id."""
+        board = self._board
+        entry = board.entries.get(model_id)
+        if entry is not None:
+            others = _views_of_others(board, model_id)
+            events = self._log.of_model(model_id)
+            return explain(entry.facts, board.node, board.moment, others, events).as_dict()
+        refs = board.node.conflicts.get(model_id)
+        return explain_conflict(model_id, refs).as_dict() if refs else None
+
+    def _describe(self, board: _Board, entry: Entry) -> dict[str, object]:
+        facts = entry.facts
+        return model_dict(
+            facts,
+            moment=board.moment,
+            wall_s=self._wall(),
+            phase_since=entry.phase_since,
+            since=entry.since,
+            events=self._log.of_model(facts.model_id),
+        )
+
+
+def _entry(facts: Facts, before: Entry | None, moment: Moment, shared: dict[Since, Since]) -> Entry:
+    """What is kept of a model. Equal values of many models are one object: it is `shared`."""
+    phase, doubt = phase_of(facts), doubt_of(facts) or ""
+    since = since_of(statuses_of(facts), before.since if before is not None else (), moment.wall_s)
+    if doubt and doubt not in _DOUBTS_WORTH_AN_EVENT:
+        doubt = before.doubt if before is not None else ""
+    since_phase = moment.wall_s
+    if before is not None and before.phase is phase:
+        since_phase = before.phase_since
+    return Entry(facts, phase, since_phase, shared.setdefault(since, since), doubt)
+
+
+def _node_since(node: NodeFacts, before: Since, moment: Moment) -> Since:
+    statuses = [(row.type, row.status) for row in node_conditions(node)]
+    return since_of(statuses, before, moment.wall_s)
+
+
+def _views_of_others(board: _Board, model_id: str) -> list[InstanceView]:
+    return [
+        view
+        for other, entry in board.entries.items()
+        if other != model_id
+        for view in entry.facts.views
+    ]

@@ -56,6 +56,7 @@ class LiveSettings:
         server.reconciler.max_parallel_loads = config.max_parallel_loads
         if (source := server.desired_source) is not None:
             source.settle_s = config.settle_s
+            source.prune_guard_percent = config.prune_guard_percent
         try:
             server.router.set_strategy(config.routing)
         except ConfigError as error:

@@ -10,7 +10,9 @@ Stopping: refuse new requests, let running ones end, unload the models, close th
 from __future__ import annotations
 
 import logging
+import os
 import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -24,22 +26,30 @@ from splitlearn_manager.core.clock import Clock, SystemClock
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.resource_manager import ResourceManager
 from splitlearn_manager.desired.source import DesiredSource
-from splitlearn_manager.desired.state import DesiredState, Source
+from splitlearn_manager.desired.state import (
+    NO_INSTRUCTIONS,
+    DesiredModel,
+    DesiredState,
+    Instructions,
+    Source,
+)
 from splitlearn_manager.desired.watcher import Watcher
 from splitlearn_manager.errors import ServerError
 from splitlearn_manager.logs import log_event
 from splitlearn_manager.monitoring.health import HealthChecker
 from splitlearn_manager.monitoring.http import MonitoringServer
 from splitlearn_manager.monitoring.metrics import MetricsCollector
-from splitlearn_manager.reconcile.observation import to_json
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.status import NodeInfo
+from splitlearn_manager.reconcile.store import DirectoryFiles, Store
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.compute_service import ManagedBackend
-from splitlearn_manager.server.control import ControlSocket
 from splitlearn_manager.server.health_service import HealthService, enable_reflection
 from splitlearn_manager.server.live_settings import LiveSettings
+from splitlearn_manager.server.node_api import node_answers
 from splitlearn_manager.server.observers import MetricsFeed
-from splitlearn_manager.server.state_dir import Claim, socket_of, state_dir_for
+from splitlearn_manager.server.presence import Presence
+from splitlearn_manager.server.state_dir import record_of, state_dir_for
 from splitlearn_manager.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -52,7 +62,10 @@ _LOOPBACK = ("127.", "localhost", "::1", "[::1]")
 class NothingDeclared:
     """The source of a node without a directory: its models come from the Python API alone."""
 
-    def look(self, now: float) -> DesiredState:
+    def restore(self, models: Iterable[DesiredModel]) -> None:
+        """Nothing is kept for such a node."""
+
+    def look(self, now: float, instructions: Instructions = NO_INSTRUCTIONS) -> DesiredState:
         return DesiredState(source_available=True, complete=True)
 
 
@@ -64,9 +77,11 @@ class ManagedServer:
         directory: declares models, see the reconciler; None serves only what `load_model` loads.
         live_settings: whether the directory's server.yaml is followed while the node runs.
         manager: owns the models; one with the config's limits unless given.
+        on_progress: called with (done, total) while many files are read at the start.
 
     Attributes:
         model_manager, resource_manager, router, health_checker, metrics, reconciler: its parts.
+        state_dir: where it keeps what outlives it; None without a directory.
         port, metrics_port: what it listens on, once started.
     """
 
@@ -78,6 +93,7 @@ class ManagedServer:
         live_settings: bool = True,
         manager: ModelManager | None = None,
         clock: Clock | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.config = config or ServerConfig()
         self.port = self.config.port
@@ -95,11 +111,18 @@ class ManagedServer:
         self.resource_manager = self.model_manager.resources
         self.router = ModelRouter(self.config.routing)
         self.metrics = MetricsCollector()
-        self._source, self._watcher = self._open_source(directory)
+        self._source, self._watcher = self._open_source(directory, on_progress)
+        self.state_dir: Path | None = None
+        store: Store | None = None
+        if directory is not None:
+            self.state_dir = self.config.resolved_state_dir or state_dir_for(directory)
+            store = Store(DirectoryFiles(record_of(self.state_dir)), os.path.abspath(directory))
         self.reconciler = Reconciler(
             self._source,
             self.model_manager,
             self._clock,
+            store=store,
+            about=self.about,
             resync_s=self.config.resync_s,
             max_parallel_loads=self.config.max_parallel_loads,
             on_turn=self._after_turn,
@@ -121,8 +144,8 @@ class ManagedServer:
         self._backend: ManagedBackend | None = None
         self._loop: threading.Thread | None = None
         self._directory = directory
-        self._claim: Claim | None = None
-        self._control: ControlSocket | None = None
+        self._presence: Presence | None = None
+        self._started_at = self._clock.wall()
         self._stopped = threading.Event()
 
     # Models, from Python.
@@ -147,7 +170,8 @@ class ManagedServer:
     def start(self) -> None:
         """Opens the ports and begins to serve and to reconcile. Returns at once.
 
-        Raises ServerError if a port cannot be listened on; nothing is left running then.
+        Raises ServerError if a port cannot be listened on, or another node serves the directory;
+        nothing is left running then.
         """
         with self._lifecycle:
             if self._network is not None:
@@ -155,6 +179,7 @@ class ManagedServer:
             if self._stopped.is_set():
                 raise ServerError("the server was stopped; make a new one")
             network = self._open()
+            self.reconciler.restore()
             network.start()
             self.port = network.port
             if self._watcher is not None:
@@ -168,6 +193,24 @@ class ManagedServer:
             log_event(log, logging.WARNING, "OpenToOthers", message, host=host)
         http = join_address(host, self.metrics_port) if self._http is not None else "off"
         log_event(log, logging.INFO, "Serving", grpc=join_address(host, self.port), http=http)
+
+    def converge(self) -> tuple[DesiredState, list[Mapping[str, object]]]:
+        """Loads what the directory declares, and says how that went; nothing is served.
+
+        To be called instead of `start`, and followed by `stop`. Raises ServerError if another node
+        serves the directory.
+        """
+        with self._lifecycle:
+            self._presence = self._open_presence(listen=False)
+        self.reconciler.restore()
+        found: list[DesiredState] = []
+
+        def settled(turn: Turn) -> bool:
+            found[:] = [turn.desired]
+            return turn.settled
+
+        self.reconciler.run(until=settled)
+        return found[0], list(self.reconciler.status.published.values())
 
     def stop(self, grace: float = 5.0) -> None:
         """Stops serving: no new requests, running ones get `grace` seconds, models are unloaded.
@@ -226,6 +269,23 @@ class ManagedServer:
             "version": VERSION,
         }
 
+    def about(self) -> NodeInfo:
+        """What the node is and where it listens."""
+        directory, state_dir = self._directory, self.state_dir
+        host = self.config.host
+        return NodeInfo(
+            directory=os.path.abspath(directory) if directory is not None else "",
+            state_dir=str(state_dir) if state_dir is not None else "",
+            watch_mode=self.watch_mode,
+            watch_reason=self._watcher.reason if self._watcher is not None else "",
+            restart_required=self._settings.restart_required,
+            version=VERSION,
+            process_id=os.getpid(),
+            started_at=self._started_at,
+            grpc=join_address(host, self.port) if self._network is not None else "",
+            http=join_address(host, self.metrics_port) if self._http is not None else "",
+        )
+
     @property
     def watch_mode(self) -> str:
         """How changes in the directory are noticed: inotify, fsevents, polling, or none without one."""
@@ -265,21 +325,23 @@ class ManagedServer:
     def _draining(self) -> bool:
         return self._backend is not None and self._backend.draining
 
-    def _open_source(self, directory: str | Path | None) -> tuple[Source, Watcher | None]:
+    def _open_source(
+        self, directory: str | Path | None, on_progress: Callable[[int, int], None] | None
+    ) -> tuple[Source, Watcher | None]:
         if directory is None:
             return NothingDeclared(), None
-        source = DesiredSource(directory, settle_s=self.config.settle_s)
+        source = DesiredSource(
+            directory,
+            settle_s=self.config.settle_s,
+            prune_guard_percent=self.config.prune_guard_percent,
+            on_progress=on_progress,
+        )
         return source, Watcher(source.root, wake=lambda: self.reconciler.wake())
 
     def _open(self) -> NetworkServer:
         """Takes the state directory and the ports; all of them or none."""
         try:
-            if self._directory is not None:
-                state_dir = state_dir_for(self._directory)
-                self._claim = Claim(state_dir, str(self._directory))
-                self._control = ControlSocket(
-                    socket_of(state_dir), lambda: to_json(self.reconciler.observe())
-                )
+            self._presence = self._open_presence(listen=True)
             self._http = self._open_http()
             # Last, because gRPC does not let go of a port on which it never started.
             self._network = self._open_grpc()
@@ -288,6 +350,12 @@ class ManagedServer:
             self._close_ports()
             raise
 
+    def _open_presence(self, *, listen: bool) -> Presence | None:
+        if self.state_dir is None or self._directory is None:
+            return None
+        answers = node_answers(self) if listen else None
+        return Presence(self.state_dir, Path(self._directory), answers)
+
     def _close_ports(self) -> None:
         if self._network is not None:
             self._network.stop(0.0)
@@ -295,12 +363,9 @@ class ManagedServer:
         if self._http is not None:
             self._http.stop()
             self._http = None
-        if self._control is not None:
-            self._control.close()
-            self._control = None
-        if self._claim is not None:
-            self._claim.release()
-            self._claim = None
+        if self._presence is not None:
+            self._presence.close()
+            self._presence = None
 
     def _open_grpc(self) -> NetworkServer:
         self._backend = ManagedBackend(
@@ -346,8 +411,12 @@ class ManagedServer:
     def _after_turn(self, turn: Turn) -> None:
         if self._live and turn.desired.server is not None:
             self._settings.apply(turn.desired.server)
-        if self._watcher is not None and (source := self.desired_source) is not None:
-            self._watcher.watch_paths(source.watch_paths())
+        if self._watcher is not None and turn.looked:
+            if turn.changed and (source := self.desired_source) is not None:
+                self._watcher.watch_paths(source.watch_paths())
             self._watcher.refresh()
-        self._grpc_health.publish(self.model_manager.table, self.reconciler.names)
+        if self._presence is not None and turn.looked:
+            self._presence.refresh()
+        if turn.changed:
+            self._grpc_health.publish(self.model_manager.table, self.reconciler.names)
         self._feed.after_turn(turn, self.watch_mode)

@@ -19,7 +19,9 @@ def test_directory_entries_tell_directories_files_and_links_apart(tmp_path: Path
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     entries = sorted(RealFileSystem().list_dir(str(tmp_path)), key=lambda entry: entry.name)
-    assert entries == [
+    assert [entry.stat for entry in entries if entry.name != "file"] == [None] * 5
+    assert entries[2].stat == RealFileSystem().stat(str(tmp_path / "file"))
+    assert [entry._replace(stat=None) for entry in entries] == [
         DirEntry("dangling", False, True),
         DirEntry("dir", True, False),
         DirEntry("file", False, False),

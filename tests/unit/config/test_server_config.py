@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from splitlearn_manager.config.server_config import LIVE_KEYS, RESTART_KEYS, ServerConfig
@@ -61,8 +63,9 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("enable_monitoring", "on", 'enable_monitoring: expected true or false, got "on"'),
         ("prot", 1, "prot: unknown key: did you mean `port`?"),
         ("model_id", "a", "model_id: expected no such key here: it belongs in a model's own file"),
-        ("prune_guard_percent", 20, "prune_guard_percent: this version cannot guard"),
-        ("state_dir", "/var/lib/x", "state_dir: this version cannot keep its state"),
+        ("prune_guard_percent", 0, "prune_guard_percent: expected a number > 0, got 0"),
+        ("prune_guard_percent", 101, "prune_guard_percent: expected a number ≤ 100, got 101"),
+        ("state_dir", 5, "state_dir: expected text, got 5"),
     ],
 )
 def test_wrong_value_is_refused_in_plain_words(key: str, value: object, expected: str) -> None:
@@ -79,6 +82,26 @@ def test_own_routing_class_quotas_and_free_ports_are_accepted() -> None:
     )
     assert config.routing == "pkg.mod:Class"
     assert config.memory_quota_mb == {"cpu": 10.0, "cuda:0": 2.5}
+
+
+def test_a_state_directory_is_relative_to_the_file_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "server.yaml").write_text("state_dir: state\n")
+    assert ServerConfig.from_yaml(tmp_path / "server.yaml").resolved_state_dir == tmp_path / "state"
+    monkeypatch.chdir(tmp_path)
+    assert ServerConfig.from_yaml("server.yaml").resolved_state_dir == tmp_path / "state"
+    assert ServerConfig(state_dir="state").resolved_state_dir == tmp_path / "state"
+    assert ServerConfig(state_dir="/var/lib/x").resolved_state_dir == Path("/var/lib/x")
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert ServerConfig(state_dir="~/x").resolved_state_dir == Path("/home/someone/x")
+    assert ServerConfig().resolved_state_dir is None
+
+
+def test_settings_are_equal_wherever_they_were_read(tmp_path: Path) -> None:
+    (tmp_path / "server.yaml").write_text("state_dir: state\n")
+    assert ServerConfig.from_yaml(tmp_path / "server.yaml") == ServerConfig(state_dir="state")
+    assert ServerConfig(state_dir="state") != ServerConfig()
 
 
 def test_each_key_is_either_live_or_needs_a_restart() -> None:

@@ -348,6 +348,55 @@ def test_after_a_failure_watching_is_tried_again_later(root: Path, wakes: Wakes)
     watcher.stop()
 
 
+def test_when_the_thread_that_passes_events_on_has_ended_the_mode_is_polling_and_says_so(
+    root: Path, wakes: Wakes
+) -> None:
+    made: list[BaseObserver] = []
+
+    def make() -> BaseObserver:
+        made.append(Observer())
+        return made[-1]
+
+    now = [0.0]
+    watcher = Watcher(root, wakes.wake, observer=make, mountinfo=LOCAL, clock=lambda: now[0])
+    watcher.start()
+    try:
+        made[0].stop()
+        made[0].join()
+        watcher.refresh()
+        assert watcher.mode == "polling"
+        assert "has ended" in watcher.reason
+        now[0] += module.RETRY_S
+        watcher.refresh()
+        assert watcher.mode == "inotify"
+        write_until_heard(root, "again", watcher, wakes)
+    finally:
+        watcher.stop()
+
+
+def test_when_the_thread_of_one_directory_has_ended_it_is_watched_anew(
+    root: Path, wakes: Wakes
+) -> None:
+    made: list[BaseObserver] = []
+
+    def make() -> BaseObserver:
+        made.append(Observer())
+        return made[-1]
+
+    watcher = Watcher(root, wakes.wake, observer=make, mountinfo=LOCAL)
+    watcher.start()
+    try:
+        for emitter in set(made[0].emitters):
+            emitter.stop()
+            emitter.join()
+        watcher.refresh()
+        assert watcher.mode == "inotify"
+        assert all(emitter.is_alive() for emitter in made[0].emitters)
+        write_until_heard(root, "again", watcher, wakes)
+    finally:
+        watcher.stop()
+
+
 def test_a_network_file_system_is_polled(root: Path, wakes: Wakes) -> None:
     mountinfo = LOCAL + f"2 1 0:2 / {root} rw - nfs4 server:/x rw\n"
     watcher = Watcher(root, wakes.wake, mountinfo=mountinfo)

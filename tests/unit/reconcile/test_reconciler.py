@@ -11,9 +11,9 @@ import pytest
 
 from splitlearn_manager.config.yaml_source import Problem
 from splitlearn_manager.core.clock import SystemClock, ThreadExecutor
-from splitlearn_manager.core.lifecycle import Owner, State
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.model_manager import ModelManager
-from splitlearn_manager.desired.state import DesiredState, SourceRef
+from splitlearn_manager.desired.state import DesiredState, Instructions
 from splitlearn_manager.errors import ModelUnavailable
 from splitlearn_manager.reconcile.actions import Verb
 from splitlearn_manager.reconcile.observation import from_json, to_json
@@ -327,7 +327,7 @@ def test_an_unexpected_error_ends_a_turn_and_not_the_loop(
     with RealLoop() as real:
         assert real.loop.wait_converged(lambda: False)
 
-        def explode(now: float) -> DesiredState:
+        def explode(now: float, instructions: Instructions) -> DesiredState:
             raise RuntimeError("a bug in the source")
 
         monkeypatch.setattr(real.source, "look", explode)
@@ -368,40 +368,10 @@ def test_a_plan_made_elsewhere_from_what_the_node_tells_is_that_of_the_node() ->
     ]
 
 
-@pytest.mark.parametrize("trouble", ["its file is invalid", "in conflict", "torn directory"])
-def test_what_the_node_holds_because_its_file_is_broken_is_not_planned_to_be_unloaded(
-    trouble: str,
-) -> None:
-    """Seen to fail with the bare looks of another process, to which a broken file declares nothing."""
-    loop = Loop()
-    loop.declare("a")
-    loop.settle()
-    node = from_json(to_json(loop.loop.observe()))
-    loop.source.remove("a")
-    state = loop.source.state
-    if trouble == "its file is invalid":
-        problem = Problem("a.yaml", 1, 1, None, "expected a model, got an empty file")
-        state = replace(state, problems=(problem,))
-    elif trouble == "in conflict":
-        refs = (SourceRef("a.yaml", 1), SourceRef("b.yaml", 1))
-        state = replace(state, conflicts={"a": refs})
-    else:
-        state = replace(state, source_message="below cannot be read: Permission denied")
-    loop.source.state = state
-    elsewhere = Reconciler(loop.source, Loop().bench.manager, loop.bench.clock)
-    desired, made = elsewhere.preview(0.25, node)
-    assert made.actions == ()
-    assert desired.models["a"].held
-    assert desired.models["a"].generation == 1
-    loop.source.state = replace(state, problems=(), conflicts={}, source_message="")
-    _, made = elsewhere.preview(0.25, node)
-    assert [(a.verb, a.model_id) for a in made.actions] == [(Verb.UNLOAD, "a")]
-
-
 def test_models_of_the_python_api_are_shown_and_left_alone() -> None:
     loop = Loop()
     loop.declare("mine")
-    spec = loop.loop._wanted_of(loop.source.state)["mine"].spec
+    spec = ModelSpec.of(loop.source.state.models["mine"].config, weights="w0")
     loop.source.remove("mine")
     loop.bench.manager.begin_load(spec, Owner.API, "cpu", 10.0)
     loop.bench.executor.run_all()

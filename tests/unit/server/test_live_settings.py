@@ -42,6 +42,7 @@ NEW_VALUES: dict[str, object] = {
     "log_level": "WARNING",
     "settle_s": 0.75,
     "resync_s": 3.0,
+    "prune_guard_percent": 20.0,
     "max_parallel_loads": 7,
 }
 
@@ -59,6 +60,7 @@ def in_force(server: ManagedServer, key: str) -> object:
         "log_level": logging.getLevelName(logging.getLogger("splitlearn_manager").level),
         "settle_s": source.settle_s,
         "resync_s": server.reconciler.resync_s,
+        "prune_guard_percent": source.prune_guard_percent,
         "max_parallel_loads": server.reconciler.max_parallel_loads,
     }[key]
 

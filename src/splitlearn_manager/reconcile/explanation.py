@@ -1,0 +1,124 @@
+"""The shape of an explanation, and the parts of sentences that several of them share. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from splitlearn_manager.core.snapshot import InstanceView
+from splitlearn_manager.reconcile.actions import Wanted
+from splitlearn_manager.reconcile.backoff import Attempt
+from splitlearn_manager.reconcile.conditions import Moment
+from splitlearn_manager.reconcile.events import Event
+from splitlearn_manager.reconcile.facts import Facts, Phase
+from splitlearn_manager.reconcile.node_facts import NodeFacts
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Sentences for people about one model.
+
+    Attributes:
+        headline: the matter in one line.
+        because: what led to it, the most important first.
+        waits_for: what it waits for, as a noun phrase; None if it waits for nothing.
+        would_help: what people can do, the best first; empty where nothing is to be done.
+    """
+
+    model_id: str
+    phase: str
+    headline: str
+    because: tuple[str, ...] = ()
+    waits_for: str | None = None
+    would_help: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, object]:
+        return {
+            "model_id": self.model_id,
+            "phase": self.phase,
+            "headline": self.headline,
+            "because": list(self.because),
+            "waits_for": self.waits_for,
+            "would_help": list(self.would_help),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is looked at, and who else is on the node."""
+
+    facts: Facts
+    phase: Phase
+    node: NodeFacts
+    moment: Moment
+    others: Sequence[InstanceView]
+    events: Sequence[Event]
+
+    def says(
+        self,
+        headline: str,
+        *because: str,
+        waits_for: str | None = None,
+        would_help: Sequence[str] = (),
+    ) -> Explanation:
+        return Explanation(
+            self.facts.model_id,
+            str(self.phase),
+            f"{self.facts.model_id} {headline}",
+            tuple(sentence for sentence in because if sentence),
+            waits_for,
+            tuple(would_help),
+        )
+
+
+def target(wanted: Wanted, old: InstanceView) -> str:
+    if wanted.spec.generation != old.spec.generation:
+        return f"generation {wanted.spec.generation}"
+    return "the version with new weights"
+
+
+def origin(facts: Facts) -> str:
+    return f"generation {facts.generation} was accepted from {facts.source}" if facts.source else ""
+
+
+def requests(facts: Facts) -> str:
+    answered = sum(v.requests for v in facts.views)
+    running = sum(v.leases for v in facts.views)
+    return f"{answered:,} requests answered, {running:,} running" if answered or running else ""
+
+
+def keep_alive(facts: Facts, moment: Moment) -> str:
+    waiting = facts.waiting
+    if waiting is None or waiting.reason != "KeepAlive" or waiting.until_s is None:
+        return ""
+    return f"{waiting.message}: at {moment.clock(waiting.until_s)} unless a request comes before"
+
+
+def drain_end(facts: Facts) -> str:
+    old = facts.draining
+    if old is not None and old.leases:
+        return f"{old.leases} running request{'s' if old.leases > 1 else ''} to end"
+    return "its memory to be back"
+
+
+def hung_in_words(facts: Facts) -> str:
+    hung = facts.hung
+    if hung is None:
+        return ""
+    return (
+        f"a load of generation {hung.spec.generation} was given up and has not returned; it keeps "
+        f"{hung.reserved_mb:,.0f} MB on {hung.device} until it does"
+    )
+
+
+def tries(facts: Facts) -> str:
+    """Earlier loads of the wanted version that failed; empty if none did."""
+    attempt = facts.failed_attempt
+    if attempt is None:
+        return ""
+    return f"it could not be loaded{times(attempt)} before: {attempt.reason}: {attempt.message}"
+
+
+def times(attempt: Attempt) -> str:
+    """` once`, ` in 3 tries`."""
+    return " once" if attempt.failures == 1 else f" in {attempt.failures} tries"

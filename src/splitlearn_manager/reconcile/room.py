@@ -1,0 +1,66 @@
+"""The memory of a node as it will be while a plan is made: what is promised to whom, and who goes.
+
+A plan is made of many decisions, each of which counts on the earlier ones: `Room` is the ledger and the
+residents as they will be once those are carried out. It decides by `core.eviction`, and starts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from splitlearn_manager.core.eviction import (
+    AdmissionRequest,
+    Decision,
+    Refused,
+    Resident,
+    admit,
+    may_displace,
+)
+from splitlearn_manager.core.ledger import Ledger
+
+
+class Room:
+    """See the module's text. Made anew for each plan."""
+
+    def __init__(self, ledger: Ledger, residents: Iterable[Resident]) -> None:
+        self._ledger = ledger
+        self._residents = list(residents)
+        self._refusals: dict[object, Refused] = {}
+
+    def ask(self, request: AdmissionRequest) -> Decision:
+        """Whether there is room, or who would make it, with all that was promised so far.
+
+        A request that is refused as another one was is given the very same answer: in a large
+        directory thousands are.
+        """
+        may_go = tuple(r.key for r in self._residents if may_displace(request, r))
+        # All of a request that the answer depends on; without a device the answer names the model.
+        question = (request.devices, request.mb, may_go, request.may_evict, request.replaces)
+        refused = self._refusals.get(question) if request.devices else None
+        if refused is not None:
+            return refused
+        decision = admit(self._ledger, self._residents, request)
+        if isinstance(decision, Refused):
+            self._refusals[question] = decision
+        return decision
+
+    def promise(self, model_id: str, device: str, mb: float) -> None:
+        """From now on this much is taken."""
+        self._ledger = self._ledger.promise(f"{model_id} (planned)", device, mb)
+        self._refusals.clear()
+
+    def mark_freeing(self, keys: Iterable[str | None]) -> None:
+        """From now on these are on their way out: nobody evicts them, their memory comes back."""
+        self._change(frozenset(keys), freeing=True, evictable=False)
+
+    def keep(self, key: str, holding: str) -> None:
+        """From now on that one stays, for the reason given."""
+        self._change(frozenset({key}), evictable=False, holding=holding)
+
+    def _change(self, keys: frozenset[str | None], **changes: object) -> None:
+        self._residents = [
+            replace(r, **changes) if r.key in keys else r  # type: ignore[arg-type]
+            for r in self._residents
+        ]
+        self._refusals.clear()

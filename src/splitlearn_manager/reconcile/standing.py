@@ -1,0 +1,83 @@
+"""Whether a plan still stands: nothing that it was made from is another, so making it anew would give it.
+
+Requests alone change what an instance shows (its last use, its leases) all the time. Of that a plan
+depends on one thing: whether somebody who may be evicted for a model that waits for room is idle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from splitlearn_manager.core.ledger import Ledger
+from splitlearn_manager.core.lifecycle import State
+from splitlearn_manager.core.snapshot import InstanceView, Snapshot
+from splitlearn_manager.desired.state import DesiredState
+from splitlearn_manager.reconcile.actions import Plan, Wanted
+
+_FOR_ROOM = frozenset({"InsufficientMemory", "MaxModels"})
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a plan is made from, requests aside.
+
+    Attributes:
+        revision: of what the loop remembers.
+    """
+
+    desired: DesiredState
+    ledger: Ledger
+    instances: tuple[tuple[object, ...], ...]
+    revision: int
+    max_parallel_loads: int
+
+
+def basis_of(
+    desired: DesiredState, snapshot: Snapshot, revision: int, max_parallel_loads: int
+) -> Basis:
+    instances = tuple(
+        (v.key, v.state, v.spec, v.owner, v.device, v.reserved_mb, v.drain_overdue)
+        for v in snapshot.instances
+    )
+    return Basis(desired, snapshot.ledger, instances, revision, max_parallel_loads)
+
+
+class Standing:
+    """A plan, with what it was made from."""
+
+    def __init__(
+        self, made: Plan, basis: Basis, wanted: Mapping[str, Wanted], snapshot: Snapshot
+    ) -> None:
+        self._basis = basis
+        self._has_actions = bool(made.actions)
+        self._due_s = min((w.until_s for w in made.waiting if w.until_s is not None), default=None)
+        waiting = [wanted[w.model_id] for w in made.waiting if w.reason in _FOR_ROOM]
+        self._priority = max((w.spec.config.priority for w in waiting), default=None)
+        self._demanded_s = max((w.demanded_s for w in waiting), default=0.0)
+        self._idle = self._making_room(snapshot)
+
+    @property
+    def due_s(self) -> float | None:
+        """When something that the plan waits for ends by itself, on the manager's clock."""
+        return self._due_s
+
+    def holds(self, basis: Basis, snapshot: Snapshot, now_s: float) -> bool:
+        """Whether the plan made anew would be the same, and has nothing left to start."""
+        return (
+            not self._has_actions
+            and (self._due_s is None or now_s < self._due_s)
+            and basis == self._basis
+            and self._making_room(snapshot) == self._idle
+        )
+
+    def _making_room(self, snapshot: Snapshot) -> frozenset[str]:
+        """Who is idle and might go for one of those that wait for room."""
+        if self._priority is None:
+            return frozenset()
+        return frozenset(v.key for v in snapshot.instances if self._may_go(v, self._priority))
+
+    def _may_go(self, view: InstanceView, priority: int) -> bool:
+        lower = view.spec.config.priority < priority
+        idle = view.state is State.READY and not view.leases
+        return idle and (lower or view.last_used_s < self._demanded_s)

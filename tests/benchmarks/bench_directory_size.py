@@ -1,0 +1,296 @@
+"""What a large desired directory costs: directories of 100 to 10,000 files, each served by a real node.
+
+    first start    from the process's start until everything was read and decided (`/readyz`)
+    restart        the same, over the state directory that the first run left
+    steady CPU     of the whole process over a quiet minute, the watcher at work, nobody asking
+    edit           from the write of one file to the acceptance of its new generation
+    memory         RSS over that of a node with as many files as it has models loaded
+
+Two tiny models are loaded, all others wait for room, so what is measured is the directory. Beside each
+figure stands a plain program that does only what cannot be avoided, on the same files in the same run:
+one listing and one stat a file; ruamel.yaml's safe loader over every file.
+
+`SIZES=100,1000 make bench` chooses other sizes; `STEADY_S`, `EDITS` how long to measure. The picture of
+docs/scale.md is written when all four sizes of it were measured.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, time
+
+import psutil
+import pytest
+
+from benchmarks.scale_plot import draw
+from support.node import Node
+from support.served import declare, write_factory
+from support.waiting import eventually
+
+SIZES = tuple(int(n) for n in os.environ.get("SIZES", "100,1000,3000,10000").split(","))
+STEADY_S = float(os.environ.get("STEADY_S", "60"))
+EDITS = int(os.environ.get("EDITS", "20"))
+PICTURED = (100, 1000, 3000, 10000)
+PICTURE = Path(__file__).parents[2] / "docs" / "scale.svg"
+
+LOADED = 2
+SETTLE_S = 0.25
+SETTINGS = {"max_models": LOADED, "settle_s": SETTLE_S}
+
+GOAL_FIRST_START_S = 20.0
+GOAL_STEADY_PERCENT = 1.5
+GOAL_EDIT_S = 2 * SETTLE_S + 0.1
+GOAL_KB_A_FILE = 15.0
+
+LOOK_ALONE = """
+import os, sys, time
+def look():
+    for entry in os.scandir(sys.argv[1]):
+        if entry.name.endswith(".yaml"):
+            os.stat(entry.path)
+look()
+began = time.perf_counter()
+for _ in range(5):
+    look()
+print((time.perf_counter() - began) / 5)
+"""
+
+PARSE_ALONE = """
+import os, sys, time
+from ruamel.yaml import YAML
+began = time.perf_counter()
+for entry in os.scandir(sys.argv[1]):
+    if entry.name.endswith(".yaml"):
+        with open(entry.path, "rb") as file:
+            YAML(typ="safe", pure=True).load(file.read())
+print(time.perf_counter() - began)
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One directory's figures. Seconds, percent of one core, MB, KB."""
+
+    files: int
+    parse_alone_s: float
+    look_alone_s: float
+    first_start_s: float
+    restart_s: float
+    steady_percent: float
+    turns: float
+    turn_s: float
+    edits_s: tuple[float, ...]
+    rss_mb: float
+    peak_mb: float
+    base_mb: float
+
+    @property
+    def kb_a_file(self) -> float:
+        return (self.rss_mb - self.base_mb) * 1024 / (self.files - LOADED)
+
+    @property
+    def edit_s(self) -> float:
+        return max(self.edits_s)
+
+
+def write_directory(directory: Path, files: int) -> None:
+    directory.mkdir()
+    write_factory(directory)
+    for number in range(files):
+        write_model(directory, number)
+
+
+def write_model(directory: Path, number: int, weight: float = 1.0) -> Path:
+    config = {"input_shape": [1, 4], "kwargs": {"value": number}}
+    return declare(
+        directory, name_of(number), priority=-number, batch_size=8, weight=weight, config=config
+    )
+
+
+def name_of(number: int) -> str:
+    return f"model-{number:05d}"
+
+
+@contextmanager
+def started(directory: Path) -> Iterator[tuple[Node, float]]:
+    """A node that has converged, and how long that took."""
+    began = perf_counter()
+    with Node(directory, SETTINGS) as node:
+        eventually(lambda: node.get("/readyz")[0] == 200, "the first convergence", 600)
+        yield node, perf_counter() - began
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
+def turns_of(node: Node) -> tuple[float, float]:
+    """How many turns the loop has made, and how long they took together."""
+    _, text = node.get("/metrics")
+    name = "splitlearn_reconcile_duration_seconds"
+    found = [re.search(rf"^{name}_{part} (\S+)$", text, re.M) for part in ("count", "sum")]
+    count, total = (float(match[1]) if match else 0.0 for match in found)
+    return count, total
+
+
+def steady(node: Node) -> tuple[float, float, float]:
+    """Percent of one core over a quiet while; turns in it; seconds a turn."""
+    process = psutil.Process(node.process.pid)
+    turns, spent = turns_of(node)
+    pause = threading.Event()
+    pause.wait(2.0)  # what the question itself cost is over
+    before, began = cpu_s(process), perf_counter()
+    pause.wait(STEADY_S)
+    used, took = cpu_s(process) - before, perf_counter() - began
+    later_turns, later_spent = turns_of(node)
+    made = later_turns - turns
+    return 100 * used / took, made, (later_spent - spent) / made if made else 0.0
+
+
+def edits(node: Node, files: int) -> tuple[float, ...]:
+    """Seconds from the write of a file to the acceptance of what it says.
+
+    Taken from the node's own note of when it accepted, so that asking for it does not disturb it; each
+    edit begins at another moment of the loop's pause.
+    """
+    rng = random.Random(1)
+    pause = threading.Event()
+    numbers = rng.sample(range(LOADED, files), min(EDITS, files - LOADED))
+    taken = []
+    for number in numbers:
+        pause.wait(rng.uniform(0.5, 2.5))
+        model_id = name_of(number)
+        before = node.status(model_id)["generation"]
+        began, began_wall = perf_counter(), time()
+        write_model(node.directory, number, weight=2.0)
+        while node.status(model_id)["generation"] == before:
+            pause.wait(0.02)
+            assert perf_counter() - began < 60, f"{model_id} was edited and not accepted"
+        seen = perf_counter() - began
+        taken.append(accepted_at(node, model_id, began_wall) or seen)
+    return tuple(taken)
+
+
+def accepted_at(node: Node, model_id: str, began_wall: float) -> float | None:
+    """Seconds after `began_wall` at which the node noted that it accepted a spec."""
+    events = node.status(model_id).get("events")
+    assert isinstance(events, list)
+    times = [e["at"] - began_wall for e in events if e["reason"] in ("SpecAccepted", "Accepted")]
+    return max((t for t in times if t >= 0), default=None)
+
+
+def seconds_of(program: str, directory: Path) -> float:
+    out = subprocess.run(
+        [sys.executable, "-c", program, str(directory)], capture_output=True, text=True, check=True
+    )
+    return float(out.stdout)
+
+
+def measure(work: Path, files: int, base_mb: float) -> Measured:
+    directory = work / f"desired-{files}"
+    write_directory(directory, files)
+    with started(directory) as (node, first_start_s):
+        percent, turns, turn_s = steady(node)
+        memory = psutil.Process(node.process.pid).memory_info().rss / 2**20
+        peak_mb = peak_of(node.process.pid)
+        taken = edits(node, files)
+    with started(directory) as (_, restart_s):
+        pass
+    measured = Measured(
+        files=files,
+        parse_alone_s=seconds_of(PARSE_ALONE, directory),
+        look_alone_s=seconds_of(LOOK_ALONE, directory),
+        first_start_s=first_start_s,
+        restart_s=restart_s,
+        steady_percent=percent,
+        turns=turns,
+        turn_s=turn_s,
+        edits_s=taken,
+        rss_mb=memory,
+        peak_mb=peak_mb,
+        base_mb=base_mb,
+    )
+    shutil.rmtree(directory)
+    return measured
+
+
+def peak_of(pid: int) -> float:
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def measure_base(work: Path) -> float:
+    """RSS of a node with the loaded models' files alone, after the same quiet while."""
+    directory = work / "desired-base"
+    write_directory(directory, LOADED)
+    with started(directory) as (node, _):
+        threading.Event().wait(min(STEADY_S, 20.0))
+        return float(psutil.Process(node.process.pid).memory_info().rss / 2**20)
+
+
+def table(rows: list[Measured]) -> str:
+    head = (
+        "files   first start  restart  parse alone │ steady CPU  turns     a turn  look alone"
+        " │ edit median    max │    RSS   peak  KB a file"
+    )
+    lines = [head]
+    for m in rows:
+        lines.append(
+            f"{m.files:6d}  {m.first_start_s:9.2f} s {m.restart_s:6.2f} s {m.parse_alone_s:10.2f} s"
+            f" │ {m.steady_percent:8.2f} % {m.turns:6.0f} {1000 * m.turn_s:7.1f} ms"
+            f" {1000 * m.look_alone_s:8.1f} ms"
+            f" │ {1000 * statistics.median(m.edits_s):8.0f} ms {1000 * m.edit_s:5.0f} ms"
+            f" │ {m.rss_mb:4.0f} MB {m.peak_mb:4.0f} MB {m.kb_a_file:8.1f}"
+        )
+    return "\n".join(lines)
+
+
+def verdicts(largest: Measured) -> list[str]:
+    """The goals at the largest size, each with PASS or FAIL."""
+    figures = (
+        ("first start", largest.first_start_s, GOAL_FIRST_START_S, "s"),
+        ("steady CPU", largest.steady_percent, GOAL_STEADY_PERCENT, "% of one core"),
+        ("slowest edit", 1000 * largest.edit_s, 1000 * GOAL_EDIT_S, "ms"),
+        ("memory", largest.kb_a_file, GOAL_KB_A_FILE, "KB a file"),
+    )
+    return [
+        f"{'PASS' if value <= goal else 'FAIL'}  {what}: {value:.2f}, at most {goal:g} {unit}"
+        for what, value, goal, unit in figures
+    ]
+
+
+def slopes(rows: list[Measured]) -> str:
+    """How cost grows from the smallest to the largest: 1 is linear."""
+    first, last = rows[0], rows[-1]
+
+    def slope(of: str) -> float:
+        one, other = getattr(first, of), getattr(last, of)
+        if one <= 0 or other <= 0 or first.files == last.files:
+            return float("nan")
+        return math.log(other / one) / math.log(last.files / first.files)
+
+    return ", ".join(f"{of} {slope(of):.2f}" for of in ("first_start_s", "turn_s", "edit_s"))
+
+
+@pytest.mark.timeout(3600)
+def test_directory_size(tmp_path: Path) -> None:
+    base_mb = measure_base(tmp_path)
+    rows = [measure(tmp_path, files, base_mb) for files in SIZES]
+    print(f"\nnode with {LOADED} files: {base_mb:.0f} MB; settle_s {SETTLE_S:g} s\n{table(rows)}")
+    print(f"growth, as exponents (1 is linear): {slopes(rows)}")
+    print("\n".join(verdicts(rows[-1])))
+    if set(PICTURED) <= set(SIZES):
+        draw(rows, PICTURE)

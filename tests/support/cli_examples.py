@@ -1,0 +1,150 @@
+"""The examples of docs/cli.md, recorded: each command typed once, beside a real node.
+
+cd tests && python -m support.cli_examples ../docs/cli.md      # what `make docs` does
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from splitlearn_manager.cli.reference import page
+from support.command_line import SCRIPT
+from support.node import Node
+from support.served import constant, declare, replace_file, write_factory
+from support.waiting import eventually
+
+_PLACE = "/srv"
+_STATE = "desired-3ea5296960"
+
+
+class _Recorder:
+    """Types commands in a directory and keeps what they print, by the name of the command."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.examples: dict[str, str] = {}
+
+    def type(self, *arguments: str, lines: int | None = None) -> str:
+        """Runs `splitlearn-manager reconcile …`; keeps all that it prints, or its first lines."""
+        done = subprocess.run(
+            [SCRIPT, "reconcile", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+            cwd=self._root,
+            env={**os.environ, "XDG_STATE_HOME": str(self._root / "state")},
+        )
+        head = f" | head -{lines}" if lines is not None else ""
+        text = "".join(done.stdout.splitlines(keepends=True)[:lines])
+        shown = f"$ splitlearn-manager reconcile {' '.join(arguments)}{head}\n{text}"
+        if done.returncode and not head:
+            shown += f"$ echo $?\n{done.returncode}\n"
+        self.keep(arguments[0], shown)
+        return done.stdout
+
+    def keep(self, name: str, text: str) -> None:
+        text = re.sub(r"\S+/bin/python", ".venv/bin/python", text.replace(str(self._root), _PLACE))
+        text = re.sub(r"desired-[0-9a-f]{10}\b", _STATE, text)
+        self.examples[name] = self.examples.get(name, "") + text
+
+
+def masked(example: str) -> list[str]:
+    """The lines of an example without what is another with each run: times, sizes, ports, digests.
+
+    What `run` logs comes in the order in which loads end; so the order is left out.
+    """
+    text = re.sub(r"--confirm-prune [0-9a-f]+", "--confirm-prune DIGEST", example)
+    text = re.sub(r"\d[\d,.:]*", "N", text)
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    return sorted(lines) if "event=Serving" in text else lines
+
+
+def record(root: Path) -> Mapping[str, str]:
+    """The examples, by command. `root` must have a short path, as sockets have."""
+    directory, recorder = root / "desired", _Recorder(root)
+    directory.mkdir()
+    write_factory(directory)
+    replace_file(directory / "ranker.py", 'def build():\n    raise ValueError("no vocabulary")\n')
+    torch.save(nn.Linear(2048, 3072), directory / "bert.pt")
+    declare(directory, "bert", model_path="bert.pt", priority=1)
+    declare(directory, "mlp", config=constant(1.0))
+    declare(directory, "ranker", model_path="ranker:build")
+    replace_file(
+        directory / "gpt2.yaml", "model_id: gpt2\nmodel_path: nets:constant\nmax_memory_mb: 4gb\n"
+    )
+    settings = {"port": 0, "metrics_port": 0, "memory_quota_mb": {"cpu": 18432}}
+    replace_file(directory / "server.yaml", json.dumps(settings))
+    recorder.type("validate")
+    recorder.type("plan")
+    recorder.type("schema", lines=6)
+    _of_once(root, recorder)
+    with Node(directory, settings, environment={"XDG_STATE_HOME": str(root / "state")}) as node:
+        node.wait_phase("mlp", "Ready")
+        # By then the pause until the next try is so long that none falls into what is typed.
+        failed = lambda: node.status("ranker").get("attempts") == 3  # noqa: E731
+        eventually(failed, "ranker has failed three times")
+        eventually(lambda: node.find("Loaded model=bert"), "bert is loaded")
+        eventually(lambda: any("Ask it" in line for line in node.printed), "the node is ready")
+        recorder.keep("run", _of_run(node))
+        _beside(directory, recorder)
+    return recorder.examples
+
+
+def _beside(directory: Path, recorder: _Recorder) -> None:
+    """What is typed beside the node."""
+    recorder.type("wait", "--for", "ready", "mlp")
+    recorder.type("wait", "--for", "ready", "--timeout", "1", "bert", "rankr")
+    recorder.type("status")
+    recorder.type("status", "mlp")
+    recorder.type("explain", "ranker")
+    recorder.type("suspend", "mlp")
+    recorder.type("resume", "mlp")
+    recorder.type("retry", "ranker")
+    (directory / "gpt2.yaml").unlink()
+    declare(directory, "mlp", config=constant(1.0), priority=2)
+    recorder.type("wait", "--for", "synced", "mlp")
+    recorder.type("history", "mlp")
+    recorder.type("events", "mlp")
+    for model_id in ("bert", "ranker"):
+        (directory / f"{model_id}.yaml").unlink()
+    printed = recorder.type("apply")
+    digest = re.search(r"--confirm-prune (\w+)", printed)
+    assert digest is not None, printed
+    recorder.type("apply", "--confirm-prune", digest[1])
+
+
+def _of_once(root: Path, recorder: _Recorder) -> None:
+    directory = root / "small"
+    directory.mkdir()
+    write_factory(directory)
+    declare(directory, "mlp", config=constant(1.0))
+    recorder.type("once", "small")
+
+
+def _of_run(node: Node) -> str:
+    """The log of the start up to the loads, and what is printed when all is done."""
+    log = [line for line in node.lines if "ranker" not in line or "LoadFailed" in line][:7]
+    return "\n".join(["$ splitlearn-manager reconcile desired", *log, *node.printed]) + "\n"
+
+
+def main() -> None:
+    """Writes the page that is named."""
+    os.environ["NO_COLOR"] = "1"
+    with tempfile.TemporaryDirectory(prefix="cli", dir="/tmp") as root:
+        text = page(record(Path(root)))
+    Path(sys.argv[1]).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
