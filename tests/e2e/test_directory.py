@@ -70,10 +70,8 @@ def test_a_key_that_applies_in_place_changes_it_without_a_reload(node: Node) -> 
     declare(node.directory, "adjusted", config=constant(1.0), priority=7, endpoint="front-door")
     status = node.wait_generation("adjusted", 2)
     assert loads(node, "adjusted") == 1
-    assert history(status)[-1] == (
-        "Adjusted",
-        "priority 0 → 7, endpoint none → front-door",
-    )
+    changes = "priority 0 → 7, endpoint none → front-door"
+    assert ("Adjusted", changes) in history(status)
     assert answer_of(node, "front-door") == 1.0
     assert condition(status, "Ready")["status"] == "True"
 

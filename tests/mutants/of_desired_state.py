@@ -75,7 +75,9 @@ def _last_writer_wins(real: Any) -> Any:
 
 def _invalid_is_empty(real: Any) -> Any:
     def take(self: Any, entry: Any, reading: Any) -> None:
-        real(self, entry, dataclasses.replace(reading, fault=None, data=b"", invalid_ids=frozenset()))
+        real(
+            self, entry, dataclasses.replace(reading, fault=None, data=b"", invalid_ids=frozenset())
+        )
         self._kept = None
 
     return take
@@ -84,7 +86,11 @@ def _invalid_is_empty(real: Any) -> Any:
 def _another_line_is_another_version(real: Any) -> Any:
     def accept(self: Any, verdict: Any, found: Any, current: Any, now: float) -> Any:
         made = real(self, verdict, found, current, now)
-        if current is not None and current.source != found.ref and made.generation == current.generation:
+        if (
+            current is not None
+            and current.source != found.ref
+            and made.generation == current.generation
+        ):
             self._generations[found.config.model_id] += 1
             return dataclasses.replace(made, generation=made.generation + 1)
         return made
