@@ -61,11 +61,12 @@ def test_a_lock_file_left_by_a_crash_claims_nothing(tmp_path: Path) -> None:
     claim.release()
 
 
-def test_a_state_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_state_directory_that_cannot_be_made_is_named_and_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "state"
-    with pytest.raises(ServerError, match=f"state directory {place}: Not a directory"):
-        Claim(place, "desired/")
+    claim = Claim(place, "desired/")
+    assert claim.problem == f"{place / 'lock'}: Not a directory"
+    claim.release()
 
 
 def test_a_state_directory_is_its_users_alone(tmp_path: Path) -> None:
