@@ -132,7 +132,7 @@ batches = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, derandomize=True)
 @given(batches)
 def test_a_restart_at_any_step_ends_where_no_restart_does(
     happenings: list[tuple[list[Step], int, int]],
@@ -206,7 +206,8 @@ class Watched:
             managed = declared[-1] if declared else len(before)
             assert managed < 3 or 100 * len(gone) <= PERCENT * managed, f"{gone.keys()} went"
         assert not gone.keys() & files
-        self.seen.append((files, len(now)))
+        # A file that stood beside them counts, though it had not settled when they went.
+        self.seen.append((files, max(len(now), len(files))))
         self.covered -= gone.keys()
         self.covered -= {i for i, m in now.items() if m.held is None and i in self.state.models}
         guard = self.state.prune_guard
@@ -244,7 +245,7 @@ guard_steps = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400, deadline=None, derandomize=True)
 @given(
     st.sets(st.sampled_from(IDS6), min_size=2),
     st.lists(st.tuples(guard_steps, st.sampled_from((0.0, 0.1, SETTLE_S))), max_size=12),
