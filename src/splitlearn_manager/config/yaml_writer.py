@@ -20,8 +20,9 @@ from pathlib import Path
 from pydantic import JsonValue
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.nodes import Node
+from ruamel.yaml.nodes import Node, ScalarNode
 from ruamel.yaml.representer import RoundTripRepresenter
+from ruamel.yaml.scalarfloat import ScalarFloat
 from ruamel.yaml.scalarstring import DoubleQuotedScalarString, SingleQuotedScalarString
 
 from splitlearn_manager.config.files import RealFileSystem, write_atomically
@@ -200,13 +201,26 @@ def _same(one: object, other: object) -> bool:
 
 
 class _Representer(RoundTripRepresenter):
-    """Writes null as `null`: ruamel would leave the value out, which reads like a slip."""
+    """Writes null as `null`: ruamel would leave the value out, which reads like a slip.
+
+    Writes a number of the file as it was, unless that would be another number: ruamel's own way of
+    keeping the form of one with an exponent loses digits now and then.
+    """
 
     def represent_null(self, _: None) -> Node:
         return self.represent_scalar("tag:yaml.org,2002:null", "null")
 
+    def represent_scalar_float(self, data: ScalarFloat) -> ScalarNode:
+        node = super().represent_scalar_float(data)
+        try:
+            is_right = float(node.value) == data
+        except ValueError:  # .inf and .nan
+            is_right = True
+        return node if is_right else self.represent_float(float(data))
+
 
 _Representer.add_representer(type(None), _Representer.represent_null)
+_Representer.add_representer(ScalarFloat, _Representer.represent_scalar_float)
 
 
 def _round_trip() -> YAML:

@@ -95,6 +95,14 @@ def test_whole_options_are_added_compactly(tmp_path: Path) -> None:
     assert text == "model_id: m\nmodel_path: p\nconfig:\n  dtype: float16\n"
 
 
+@pytest.mark.parametrize("number", ["2.089715226748912e-20", "5.953735371857217e-169", "1.5e+3"])
+def test_a_number_that_is_not_edited_stays_as_it_is(tmp_path: Path, number: str) -> None:
+    """The first two lose their last digits when ruamel writes them in the form that they had."""
+    authored = f"model_id: m\nmodel_path: p\nweight: {number}\n"
+    text = edited(authored, tmp_path / "m.yaml", priority=3)
+    assert text == authored + "priority: 3\n"
+
+
 def test_key_back_at_its_default_is_set_and_not_removed(tmp_path: Path) -> None:
     text = edited(AUTHORED, tmp_path / "m.yaml", batch_size=32)
     assert text == AUTHORED
