@@ -5,7 +5,7 @@ a request touches counters that were looked up before: a few microseconds, and n
 
 A model's series exist from the first record about it until `remove_model`. Requests may end after
 that; so the ids of removed models are remembered, and what is recorded for them is dropped until
-`record_load` or `set_phase` says that the model is back. Record no name that a client made up: each
+`record_load` or `admit_model` says that the model is back. Record no name that a client made up: each
 model id and each status is a series.
 """
 
@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 
 from splitlearn_manager.monitoring.readings import UsageReading
+from splitlearn_manager.monitoring.status_series import ModelReading, StatusSeries
 
 # The text format that every Prometheus reads; the names above need nothing newer.
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -30,7 +32,28 @@ _LATENCY_S = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
 )
+_DETECTION_S = (0.1, 0.25, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
 _RECONCILE_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+
+
+@dataclass(frozen=True, slots=True)
+class NodeReading:
+    """The node at one moment.
+
+    Attributes:
+        models: how many models are in each phase.
+        problems: mistakes in the directory's files.
+        prune_guard_blocked: models that wait for somebody's confirmation to go.
+        state_kept: what must survive a restart can be written.
+    """
+
+    models: Mapping[str, int]
+    source_available: bool = True
+    problems: int = 0
+    prune_guard_blocked: int = 0
+    state_kept: bool = True
+    settled: bool = False
+    restart_required: bool = False
 
 
 class _Instruments:
@@ -71,9 +94,27 @@ class _Instruments:
         self.last_scan = gauge(
             own + "last_scan_timestamp_seconds", "Unix time of the latest complete scan."
         )
+        self.detection = histogram(
+            own + "change_detection_seconds",
+            "Time from the first sight of a change in the directory to its acceptance.",
+            _DETECTION_S,
+        )
         self.watch_mode = gauge(own + "watch_mode", "1 for how changes are noticed.", "mode")
-        self.phase = gauge(
-            own + "model_phase", "1 for the phase that a model is in.", "model_id", "phase"
+        self.models = gauge(own + "models", "Models by phase.", "phase")
+        self.source = gauge(own + "source_available", "1 while the directory can be read.")
+        self.problems = gauge(own + "problems", "Mistakes in the directory's files.")
+        self.blocked = gauge(
+            own + "prune_guard_blocked_models", "Models that wait for a confirmation to go."
+        )
+        self.state_kept = gauge(
+            own + "state_kept", "1 while what must survive a restart can be written."
+        )
+        self.settled = gauge(own + "settled", "1 while nothing is under way or about to be.")
+        self.restart = gauge(
+            own + "restart_required", "1 while a setting waits for the next start."
+        )
+        self.hung = gauge(
+            own + "hung_loads", "Loads that were given up and whose loader has not come back."
         )
         self.reserved = gauge(own + "reservation_mb", "Memory reserved by models.", "device")
         self.quota = gauge(own + "quota_mb", "Memory that models may reserve.", "device")
@@ -104,13 +145,16 @@ class _InFlight:
 
 
 class _Exposed:
-    """A registry without the `_created` series, which double every counter and say little."""
+    """A registry without the `_created` series, which double every counter and say little, and
+    without those that are written directly."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
 
     def collect(self) -> Iterable[Metric]:
         for metric in self._registry.collect():
+            if StatusSeries.wrote(metric):
+                continue
             metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
             yield metric
 
@@ -133,7 +177,7 @@ class MetricsCollector:
         self._requests: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
         self._label_sets: dict[str, set[tuple[Counter | Gauge | Histogram, tuple[str, ...]]]] = {}
         self._removed: dict[str, None] = {}
-        self._phases: dict[str, str] = {}
+        self._status: StatusSeries | None = None
         self._watch_mode = ""
 
     # Models.
@@ -170,19 +214,19 @@ class MetricsCollector:
         """So many models are READY."""
         self._metrics.loaded.set(count)
 
-    def set_phase(self, model_id: str, phase: str) -> None:
-        """The model is in this phase now. A scrape at this instant may show the one before too."""
+    def admit_model(self, model_id: str) -> None:
+        """The model is there (again): what is recorded of it counts."""
         with self._lock:
             self._removed.pop(model_id, None)
-            before = self._phases.get(model_id)
-            if before == phase:
-                return
-            self._phases[model_id] = phase
-            self._note(self._metrics.phase, model_id, phase)
-            self._metrics.phase.labels(model_id, phase).set(1)
-            if before is not None:
-                self._label_sets[model_id].discard((self._metrics.phase, (model_id, before)))
-                self._metrics.phase.remove(model_id, before)
+
+    def set_models_source(self, source: Callable[[], Iterable[ModelReading]]) -> None:
+        """At each scrape `source` tells where each model stands. Call once.
+
+        Raises ValueError if there is a source already. If `source` raises, so does the scrape.
+        """
+        series = StatusSeries(source)
+        self.registry.register(series)
+        self._status = series
 
     def set_in_flight_source(self, source: Callable[[], Mapping[str, int]]) -> None:
         """At each scrape `source` tells the requests in flight by model. Call once.
@@ -192,13 +236,12 @@ class MetricsCollector:
         self.registry.register(_InFlight(source))
 
     def remove_model(self, model_id: str) -> None:
-        """The model is gone: so are all its series, until a load or a phase of it is recorded."""
+        """The model is gone: so are all its series, until it is admitted or loaded again."""
         with self._lock:
             self._removed.pop(model_id, None)
             self._removed[model_id] = None
             if len(self._removed) > _REMOVED_IDS_KEPT:
                 del self._removed[next(iter(self._removed))]
-            self._phases.pop(model_id, None)
             for key in [key for key in self._requests if key[0] == model_id]:
                 del self._requests[key]
             for metric, labels in self._label_sets.pop(model_id, set()):
@@ -214,6 +257,26 @@ class MetricsCollector:
     def record_scan(self, timestamp: float) -> None:
         """A complete scan of the directory ended at this Unix time, in seconds."""
         self._metrics.last_scan.set(timestamp)
+
+    def record_change_detection(self, seconds: float) -> None:
+        """A change in the directory was accepted so long after it was first seen."""
+        self._metrics.detection.observe(seconds)
+
+    def set_node(self, reading: NodeReading) -> None:
+        """The node as of the latest turn."""
+        metrics = self._metrics
+        with self._lock:
+            _replace(metrics.models, reading.models)
+            metrics.source.set(reading.source_available)
+            metrics.problems.set(reading.problems)
+            metrics.blocked.set(reading.prune_guard_blocked)
+            metrics.state_kept.set(reading.state_kept)
+            metrics.settled.set(reading.settled)
+            metrics.restart.set(reading.restart_required)
+
+    def set_hung_loads(self, count: int) -> None:
+        """So many loads were given up and hold their memory still."""
+        self._metrics.hung.set(count)
 
     def set_watch_mode(self, mode: str) -> None:
         """Changes are noticed in this way now, and in no other."""
@@ -244,7 +307,8 @@ class MetricsCollector:
     def render(self) -> tuple[bytes, str]:
         """All metrics in Prometheus' text format, and its content type."""
         # Without our lock: the source of in-flight counts may take locks of its own.
-        return generate_latest(_Exposed(self.registry)), CONTENT_TYPE
+        status = self._status.text() if self._status is not None else ""
+        return generate_latest(_Exposed(self.registry)) + status.encode(), CONTENT_TYPE
 
     # Series that come and go; with the lock held.
 

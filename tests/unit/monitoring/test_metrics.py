@@ -11,8 +11,21 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from splitlearn_manager.core.resource_manager import GpuUsage, ResourceUsage
 from splitlearn_manager.monitoring import MetricsCollector
+from splitlearn_manager.monitoring.metrics import NodeReading
+from splitlearn_manager.monitoring.status_series import ModelReading
 
 Labels = tuple[tuple[str, str], ...]
+
+READY = ModelReading(
+    "a",
+    "Ready",
+    "OutOfSync",
+    "Healthy",
+    generation=4,
+    observed_generation=3,
+    conditions=[("Ready", "False"), ("Synced", "False")],
+    next_retry_at=1.7e9,
+)
 
 
 @dataclass
@@ -59,7 +72,10 @@ def record_everything(metrics: MetricsCollector) -> None:
     metrics.set_models_loaded(1)
     metrics.record_inference("a", "success", 0.02)
     metrics.record_eviction()
-    metrics.set_phase("a", "Ready")
+    metrics.set_models_source(lambda: [READY])
+    metrics.set_node(NodeReading({"Ready": 1}, problems=2, prune_guard_blocked=3, settled=True))
+    metrics.set_hung_loads(1)
+    metrics.record_change_detection(0.3)
     metrics.set_in_flight_source(lambda: {"a": 3})
     metrics.record_reconcile("applied", 0.01)
     metrics.record_scan(1_700_000_000.0)
@@ -94,6 +110,22 @@ def test_every_promised_metric_has_exactly_its_name_and_labels() -> None:
     assert seen.get("splitlearn_quota_mb", device="cpu") == 800
     assert seen.get("splitlearn_evictions_total") == 1
     assert seen.get("splitlearn_in_flight", model_id="a") == 3
+    assert seen.get("splitlearn_model_sync", model_id="a", sync="OutOfSync") == 1
+    assert seen.get("splitlearn_model_health", model_id="a", health="Healthy") == 1
+    assert seen.get("splitlearn_model_generation", model_id="a") == 4
+    assert seen.get("splitlearn_model_observed_generation", model_id="a") == 3
+    assert seen.get("splitlearn_model_condition", model_id="a", type="Synced", status="False") == 1
+    assert seen.get("splitlearn_model_next_retry_timestamp_seconds", model_id="a") == 1.7e9
+    assert seen.get("splitlearn_models", phase="Ready") == 1
+    assert seen.get("splitlearn_source_available") == 1
+    assert seen.get("splitlearn_problems") == 2
+    assert seen.get("splitlearn_prune_guard_blocked_models") == 3
+    assert seen.get("splitlearn_state_kept") == 1
+    assert seen.get("splitlearn_settled") == 1
+    assert seen.get("splitlearn_restart_required") == 0
+    assert seen.get("splitlearn_hung_loads") == 1
+    assert seen.get("splitlearn_change_detection_seconds_count") == 1
+    assert seen.get("splitlearn_change_detection_seconds_sum") == 0.3
 
 
 def test_nothing_else_is_exposed() -> None:
@@ -119,6 +151,21 @@ def test_nothing_else_is_exposed() -> None:
         "splitlearn_quota_mb": "gauge",
         "splitlearn_evictions": "counter",
         "splitlearn_in_flight": "gauge",
+        "splitlearn_model_sync": "gauge",
+        "splitlearn_model_health": "gauge",
+        "splitlearn_model_generation": "gauge",
+        "splitlearn_model_observed_generation": "gauge",
+        "splitlearn_model_condition": "gauge",
+        "splitlearn_model_next_retry_timestamp_seconds": "gauge",
+        "splitlearn_models": "gauge",
+        "splitlearn_source_available": "gauge",
+        "splitlearn_problems": "gauge",
+        "splitlearn_prune_guard_blocked_models": "gauge",
+        "splitlearn_state_kept": "gauge",
+        "splitlearn_settled": "gauge",
+        "splitlearn_restart_required": "gauge",
+        "splitlearn_hung_loads": "gauge",
+        "splitlearn_change_detection_seconds": "histogram",
     }
 
 
@@ -155,14 +202,54 @@ def test_a_given_registry_is_used_and_cannot_be_shared_by_two() -> None:
         MetricsCollector(registry)
 
 
-def test_a_model_has_one_phase() -> None:
+def test_where_models_stand_is_asked_for_at_each_scrape() -> None:
     metrics = MetricsCollector()
-    for phase in ("Pending", "Loading", "Ready", "Ready"):
-        metrics.set_phase("a", phase)
+    readings = [ModelReading("a", "Loading", "OutOfSync", "Progressing")]
+    metrics.set_models_source(lambda: readings)
+    assert scrape(metrics).get("splitlearn_model_phase", model_id="a", phase="Loading") == 1
+
+    readings[:] = [READY]
 
     phases = [labels for name, labels in scrape(metrics).values if name.endswith("model_phase")]
-
     assert phases == [(("model_id", "a"), ("phase", "Ready"))]
+
+
+def test_what_is_not_known_of_a_model_has_no_series() -> None:
+    metrics = MetricsCollector()
+    metrics.set_models_source(lambda: [ModelReading("a", "Pending", "OutOfSync", "Progressing")])
+
+    assert scrape(metrics).naming("a") == [
+        "splitlearn_model_phase",
+        "splitlearn_model_sync",
+        "splitlearn_model_health",
+    ]
+
+
+def test_the_series_of_models_are_in_the_registry_too_and_say_the_same() -> None:
+    metrics = MetricsCollector()
+    odd = ModelReading('a"\\\n', "Ready", "Synced", "Healthy", generation=2)
+    metrics.set_models_source(lambda: [READY, odd])
+
+    seen = scrape(metrics).values
+    of_registry = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if "model_id" in sample.labels
+    }
+
+    assert len(of_registry) == 12
+    assert {key: value for key, value in seen.items() if key in of_registry} == of_registry
+
+
+def test_a_phase_that_no_model_is_in_loses_its_series() -> None:
+    metrics = MetricsCollector()
+    metrics.set_node(NodeReading({"Ready": 1, "Failed": 2}))
+    metrics.set_node(NodeReading({"Ready": 3}))
+
+    seen = scrape(metrics)
+    assert seen.get("splitlearn_models", phase="Ready") == 3
+    assert seen.get("splitlearn_models", phase="Failed") is None
 
 
 def test_one_watch_mode_is_current() -> None:
@@ -199,7 +286,7 @@ def test_all_series_of_a_removed_model_go_and_those_of_others_stay() -> None:
     metrics.set_in_flight_source(lambda: in_flight)
     for model_id in in_flight:
         metrics.record_load(model_id, "success")
-        metrics.set_phase(model_id, "Ready")
+        metrics.admit_model(model_id)
         metrics.record_inference(model_id, "success", 0.1)
         metrics.record_inference(model_id, "failure", 0.1)
         metrics.record_unload(model_id)
@@ -224,7 +311,7 @@ def test_late_records_do_not_bring_a_removed_model_back() -> None:
     assert scrape(metrics).naming("a") == []
 
 
-@pytest.mark.parametrize("by", ["load", "phase"])
+@pytest.mark.parametrize("by", ["load", "admission"])
 def test_a_model_that_comes_back_starts_from_nothing(by: str) -> None:
     metrics = MetricsCollector()
     for _ in range(5):
@@ -234,7 +321,7 @@ def test_a_model_that_comes_back_starts_from_nothing(by: str) -> None:
     if by == "load":
         metrics.record_load("a", "success")
     else:
-        metrics.set_phase("a", "Ready")
+        metrics.admit_model("a")
     metrics.record_inference("a", "success", 0.1)
 
     assert scrape(metrics).get("inference_requests_total", model_id="a", status="success") == 1
@@ -252,13 +339,13 @@ def test_removing_a_model_twice_or_an_unknown_one_is_harmless() -> None:
 def test_many_models_that_came_and_went_leave_no_series_and_a_bounded_memory() -> None:
     metrics = MetricsCollector()
     for i in range(3000):
-        metrics.set_phase(f"m{i}", "Ready")
+        metrics.admit_model(f"m{i}")
         metrics.record_inference(f"m{i}", "success", 0.1)
         metrics.remove_model(f"m{i}")
 
     assert not any("model_id" in dict(labels) for _, labels in scrape(metrics).values)
     assert len(metrics._removed) == 1024
-    assert (metrics._requests, metrics._label_sets, metrics._phases) == ({}, {}, {})
+    assert (metrics._requests, metrics._label_sets) == ({}, {})
 
 
 def test_threads_record_at_once_and_no_record_is_lost() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -73,6 +75,45 @@ def test_a_failed_load_is_counted_as_a_failure(fed: Fed) -> None:
     assert fed.value("model_load_total", model_id="m", status="failure") == 1
     assert fed.value("model_load_total", model_id="m", status="success") is None
     assert fed.value("splitlearn_model_phase", model_id="m", phase="Failed") == 1
+
+
+def test_where_a_model_stands_is_shown_with_its_next_try(fed: Fed) -> None:
+    fed.bench.runtime.failures["m"] = broken()
+    fed.declare("m")
+    fed.settle()
+    assert fed.value("splitlearn_model_generation", model_id="m") == 1
+    assert fed.value("splitlearn_model_observed_generation", model_id="m") is None
+    assert fed.value("splitlearn_model_condition", model_id="m", type="Ready", status="False") == 1
+    assert fed.value("splitlearn_model_health", model_id="m", health="Degraded") == 1
+    retry_at = fed.value("splitlearn_model_next_retry_timestamp_seconds", model_id="m")
+    assert retry_at is not None
+    assert retry_at > fed.bench.clock.wall()
+    assert fed.value("splitlearn_models", phase="Failed") == 1
+
+
+def test_the_node_is_shown(fed: Fed) -> None:
+    fed.settle()
+    assert fed.value("splitlearn_source_available") == 1
+    assert fed.value("splitlearn_settled") == 1
+    scanned_at = fed.value("splitlearn_last_scan_timestamp_seconds")
+    fed.bench.clock.advance(60.0)
+    fed.source.state = replace(fed.source.state, source_available=False, source_message="is gone")
+    fed.settle()
+    assert fed.value("splitlearn_source_available") == 0
+    assert fed.value("splitlearn_last_scan_timestamp_seconds") == scanned_at
+
+
+def test_the_time_from_the_sight_of_a_change_to_its_acceptance_is_measured_once(fed: Fed) -> None:
+    fed.bench.clock.advance(1.0)
+    fed.declare("m")
+    seen = fed.source.state.models["m"]
+    earlier = replace(seen, seen_at=seen.accepted_at - 0.3)
+    fed.source.state = replace(fed.source.state, models={"m": earlier})
+    fed.settle()
+    fed.declare("n")  # another mapping, with the same model in it
+    fed.settle()
+    assert fed.value("splitlearn_change_detection_seconds_count") == 1
+    assert fed.value("splitlearn_change_detection_seconds_sum") == pytest.approx(0.3)
 
 
 def test_a_parked_model_counts_as_evicted(fed: Fed) -> None:
