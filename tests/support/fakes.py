@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -220,3 +222,44 @@ def model(model_id: str, **keys: object) -> ModelConfig:
 
 def broken(message: str = "it is broken") -> LoadError:
     return LoadError(message)
+
+
+class MemoryFiles:
+    """The files of a state directory, in memory.
+
+    Attributes:
+        held: what is on the disk.
+        log: each write and removal, in order.
+        error: the errno that each write and removal fails with; None lets them pass.
+        unreadable: names whose reading fails.
+        before: called before each write and removal, with its name: the place to die in.
+    """
+
+    def __init__(self) -> None:
+        self.held: dict[str, bytes] = {}
+        self.log: list[str] = []
+        self.error: int | None = None
+        self.unreadable: set[str] = set()
+        self.before: Callable[[str], None] = lambda name: None
+
+    def names(self) -> list[str]:
+        return sorted(self.held)
+
+    def read(self, name: str) -> bytes:
+        if name in self.unreadable:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
+        return self.held[name]
+
+    def write(self, name: str, data: bytes) -> None:
+        self._change(name)
+        self.held[name] = data
+
+    def remove(self, name: str) -> None:
+        self._change(name)
+        self.held.pop(name, None)
+
+    def _change(self, name: str) -> None:
+        self.before(name)
+        if self.error is not None:
+            raise OSError(self.error, os.strerror(self.error), name)
+        self.log.append(name)

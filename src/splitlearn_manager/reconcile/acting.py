@@ -2,19 +2,23 @@
 
 Each action is checked again by the manager when it begins; what it refuses is planned anew in the next
 turn. Nothing here waits, and nothing is done that the plan does not say.
+
+Loads take turns: so many are under way at a time that they do not slow each other down. One that has been
+under way for `TURN_S` lends its turn to the next, so that what hangs, or comes from a slow disk, delays no
+other; how many can be under way then is bounded by `max_models` and by memory, as ever.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.model_manager import ModelManager
-from splitlearn_manager.core.snapshot import Snapshot
+from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.errors import ModelUnavailable, OperationInProgress
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.reconcile.actions import Action, Mode, Plan, Verb
+from splitlearn_manager.reconcile.actions import TURN_S, Action, Mode, Plan, Verb
 
 log = logging.getLogger(__name__)
 
@@ -24,18 +28,20 @@ def carry_out(
     manager: ModelManager,
     snapshot: Snapshot,
     max_parallel_loads: int,
+    now_s: float,
     record: Callable[[str, str, str], None],
 ) -> tuple[Action, ...]:
     """Starts, in order, what can start now, and gives what was started.
 
     Args:
+        max_parallel_loads: most loads that have a turn at a time.
+        now_s: on the manager's clock.
         record: told of what no event of the manager tells: model id, reason, message.
     """
-    loading = sum(v.state is State.LOADING for v in snapshot.instances)
+    loading = len(_turns_end(snapshot.instances, now_s))
     executed = []
     for action in made.actions:
-        takes_turn = action.verb in (Verb.LOAD, Verb.UPDATE)
-        if action.after or (takes_turn and loading >= max_parallel_loads):
+        if action.after or (action.takes_turn and loading >= max_parallel_loads):
             continue
         try:
             done = _start(action, manager, record)
@@ -44,8 +50,23 @@ def carry_out(
             continue
         if done:
             executed.append(action)
-            loading += takes_turn
+            loading += action.takes_turn
     return tuple(executed)
+
+
+def next_turn_s(
+    made: Plan, executed: Sequence[Action], instances: Sequence[InstanceView], now_s: float
+) -> float | None:
+    """When a load lends its turn to one that could start; None if none waits for a turn."""
+    if any(a.takes_turn and not a.after and a not in executed for a in made.actions):
+        return min(_turns_end(instances, now_s), default=None)
+    return None
+
+
+def _turns_end(instances: Sequence[InstanceView], now_s: float) -> list[float]:
+    """When the turns end of the loads that have one, on the manager's clock."""
+    ends = (v.loading_since_s + TURN_S for v in instances if v.state is State.LOADING)
+    return [at for at in ends if at > now_s]
 
 
 def _start(action: Action, manager: ModelManager, record: Callable[[str, str, str], None]) -> bool:

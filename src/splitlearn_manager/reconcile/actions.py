@@ -14,6 +14,11 @@ from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.snapshot import Snapshot
 from splitlearn_manager.reconcile.backoff import Attempt
 
+PARKED = "unloaded to make room, or because it was idle; the next request brings it back"
+"""What an evicted model waits for, for people."""
+TURN_S = 30.0
+"""A load that has been under way for so long no longer counts against `max_parallel_loads`."""
+
 
 class Verb(StrEnum):
     """What an action does."""
@@ -99,6 +104,11 @@ class Action:
     reason: str = ""
     after: tuple[str, ...] = ()
     source: str = ""
+
+    @property
+    def takes_turn(self) -> bool:
+        """It is one of those of which only `max_parallel_loads` are begun at a time."""
+        return self.verb in (Verb.LOAD, Verb.UPDATE)
 
 
 @dataclass(frozen=True, slots=True)

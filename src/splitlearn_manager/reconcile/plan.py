@@ -35,6 +35,7 @@ from splitlearn_manager.core.eviction import (
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.snapshot import InstanceView, residents
 from splitlearn_manager.reconcile.actions import (
+    PARKED,
     Action,
     Mode,
     Observed,
@@ -146,6 +147,7 @@ class _Planner:
         if serving is None:
             self._consider_load(wanted, to_load)
             return None
+        self._value(serving, wanted)
         if wanted.suspended:
             return self._leave(serving)
         if serving.spec.version != wanted.spec.version:
@@ -153,6 +155,12 @@ class _Planner:
         if serving.spec.spec_hash != wanted.spec.spec_hash:
             return self._adjust(wanted, serving)
         return self._park_if_idle(serving)
+
+    def _value(self, serving: InstanceView, wanted: Wanted) -> None:
+        """Who goes for others is decided by what is wanted now, whichever version serves."""
+        before, now = serving.spec.config, wanted.spec.config
+        if now.priority != before.priority or (now.pinned and not before.pinned):
+            self._room.value(serving.key, now.priority, pinned=now.pinned)
 
     def _leave(self, serving: InstanceView) -> Action | None:
         """Nothing happens to a suspended model, an eviction included."""
@@ -200,7 +208,7 @@ class _Planner:
         model_id = wanted.spec.model_id
         parked_s = self._observed.parked.get(model_id)
         if parked_s is not None and wanted.demanded_s <= parked_s:
-            self._wait(model_id, "Evicted", "made room for others; the next request brings it back")
+            self._wait(model_id, "Evicted", PARKED)
             return
         if (limit := self._limit(model_id)) is not None:
             self._waiting.append(limit)
@@ -262,10 +270,11 @@ class _Planner:
     def _update(self, wanted: Wanted, serving: InstanceView) -> Action | None:
         spec = wanted.spec
         attempt = self._observed.attempts.get(spec.model_id)
-        if (why := self._why_not_load(wanted)) is not None:
+        setting = spec.config.update
+        why = self._why_not_load(wanted)
+        if why is not None and (setting == "surge" or not _is_due_later(why, attempt)):
             self._waiting.append(why)
             return None
-        setting = spec.config.update
         request = AdmissionRequest(
             spec.model_id,
             wanted.devices,
@@ -276,7 +285,10 @@ class _Planner:
         )
         beside = self._room.ask(request)
         if setting != "recreate" and isinstance(beside, Admitted):
-            return self._updating(wanted, serving, Mode.SURGE, beside.device)
+            if why is None:
+                return self._updating(wanted, serving, Mode.SURGE, beside.device)
+            self._waiting.append(why)
+            return None
         if setting == "surge":
             message = (
                 beside.message if isinstance(beside, Refused) else "waits for memory to come back"
@@ -365,6 +377,11 @@ class _Planner:
 
 def _over_memory_limit(model_id: str, problem: str) -> Waiting:
     return Waiting(model_id, "OverMemoryLimit", problem, failed=True)
+
+
+def _is_due_later(why: Waiting, attempt: Attempt | None) -> bool:
+    """Whether a load that failed is to be tried again at a known time."""
+    return attempt is not None and why.until_s is not None and why.reason == attempt.reason
 
 
 def _after_failure(model_id: str, attempt: Attempt, until_s: float | None) -> Waiting:

@@ -26,7 +26,7 @@ from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredState, Instructions, Source
 from splitlearn_manager.errors import ModelUnavailable
-from splitlearn_manager.reconcile.acting import carry_out
+from splitlearn_manager.reconcile.acting import carry_out, next_turn_s
 from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Wanted
 from splitlearn_manager.reconcile.keeping import Keeper
 from splitlearn_manager.reconcile.memory import Memory
@@ -94,7 +94,8 @@ class Reconciler:
         store: keeps over a restart what must be; None keeps nothing.
         resync_s: longest time between two turns, and between two looks at the directory while a look
             takes less than a hundredth of it.
-        max_parallel_loads: most loads that this loop has under way at a time.
+        max_parallel_loads: most loads that this loop has under way at a time, those aside that have
+            taken longer than `acting.TURN_S`.
         draw: uniform random numbers in [0, 1) for the jitter of retries.
         on_turn: called with each turn.
         on_error: called when a turn ended in an unexpected error.
@@ -349,7 +350,12 @@ class Reconciler:
         observed = self._observed(snapshot, wanted)
         made = plan(wanted, observed)
         executed = carry_out(
-            made, self._manager, snapshot, self.max_parallel_loads, self.status.record
+            made,
+            self._manager,
+            snapshot,
+            self.max_parallel_loads,
+            observed.now_s,
+            self.status.record,
         )
         self._standing = Standing(made, basis, wanted, snapshot)
         if wanted is not self._wanted or not self.names:
@@ -370,15 +376,22 @@ class Reconciler:
         self, found: Found, began_s: float, tick_s: float | None, *, looked: bool, changed: bool
     ) -> Turn:
         now, desired = self._clock.now(), found.desired
-        pending = not desired.complete or desired.next_check_s is not None
-        times = [self._standing.due_s if self._standing else None, self._keeper.due_s]
+        # What an earlier process had accepted is all there is to go by while the directory is away.
+        known = desired.complete or (not desired.source_available and bool(desired.models))
+        pending = not known or desired.next_check_s is not None
+        instances = found.observed.snapshot.instances
+        times = [
+            self._standing.due_s if self._standing else None,
+            self._keeper.due_s,
+            next_turn_s(found.plan, found.executed, instances, now),
+        ]
         if desired.next_check_s is not None:
             times.append(self._look_due_s)
         due = [at - now for at in times if at is not None]
         if tick_s is not None:
             due.append(tick_s)
         under_way = (State.LOADING, State.UNLOADING)
-        busy = any(v.state in under_way for v in found.observed.snapshot.instances)
+        busy = any(v.state in under_way for v in instances)
         return Turn(
             desired=desired,
             plan=found.plan,

@@ -54,6 +54,15 @@ class Room:
         """From now on these are on their way out: nobody evicts them, their memory comes back."""
         self._change(frozenset(keys), freeing=True, evictable=False)
 
+    def value(self, key: str, priority: int, *, pinned: bool) -> None:
+        """From now on that one has this priority, and stays if it is pinned.
+
+        One that is not pinned any more may go from the next plan on.
+        """
+        self._change(frozenset({key}), priority=priority)
+        if pinned:
+            self.keep(key, "pinned")
+
     def keep(self, key: str, holding: str) -> None:
         """From now on that one stays, for the reason given."""
         self._change(frozenset({key}), evictable=False, holding=holding)

@@ -39,6 +39,7 @@ from splitlearn_manager.reconcile.record import (
 NODE = "node.json"
 SHARDS = 64
 _ASIDE = ".unreadable"
+_UNFINISHED = ".tmp"
 
 
 class StateFiles(Protocol):
@@ -104,6 +105,7 @@ class Store:
         self._files = files
         self._directory = directory
         self._kept: dict[str, ModelRecord] = {}  # what is on the disk, as far as is known
+        self._written: set[str] = set()  # the files that models are in
         self._node = NodeRecord()
         self._stale: set[str] = set()  # files that are written whatever is in them
         self._aside: dict[str, bytes] = {}  # what could not be read, to be copied aside
@@ -144,6 +146,7 @@ class Store:
                 self._aside[name] = data
         self._stale |= self._aside.keys()
         self._kept = dict(models)
+        self._written = {shard_of(model_id) for model_id in models}
         owner = self._node.directory
         if owner != self._directory and owner and self._directory:
             complaints.append(
@@ -183,10 +186,13 @@ class Store:
     def recheck(self) -> None:
         """Looks which files are still there; the next `save` writes those that are not.
 
-        Raises OSError if that cannot be seen.
+        Removes what a writer left behind that died while it wrote. Raises OSError if that fails.
         """
         there = set(self._files.names())
-        self._stale |= {shard_of(model_id) for model_id in self._kept} - there
+        for name in there:
+            if name.startswith(".") and name.endswith(_UNFINISHED):
+                self._files.remove(name)
+        self._stale |= self._written - there
         if self._node != NodeRecord() and NODE not in there:
             self._stale.add(NODE)
 
@@ -218,6 +224,7 @@ class Store:
                 failure = failure or error
                 continue
             self._stale.discard(name)
+            (self._written.add if shard else self._written.discard)(name)
             self._kept.update(shard)
             for model_id in gone:
                 if shard_of(model_id) == name:

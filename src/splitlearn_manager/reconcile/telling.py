@@ -13,7 +13,7 @@ from splitlearn_manager.config.yaml_source import Problem
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredModel, DesiredState
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Verb, Waiting, Wanted
+from splitlearn_manager.reconcile.actions import TURN_S, Action, Observed, Plan, Waiting, Wanted
 from splitlearn_manager.reconcile.status import DeviceUse, Facts, NodeFacts, NodeInfo
 
 log = logging.getLogger(__name__)
@@ -139,9 +139,12 @@ def _awaiting_turn(
     made: Plan, executed: tuple[Action, ...], max_parallel_loads: int
 ) -> dict[str, Waiting]:
     """What is said of the models whose loads fit, and were not started for want of a slot."""
-    message = f"{max_parallel_loads} models may be loaded at a time (max_parallel_loads)"
+    message = (
+        f"{max_parallel_loads} models may be loaded at a time (max_parallel_loads), those aside that "
+        f"take longer than {TURN_S:g} s"
+    )
     return {
         action.model_id: Waiting(action.model_id, "AwaitingTurn", message)
         for action in made.actions
-        if action.verb in (Verb.LOAD, Verb.UPDATE) and action not in executed
+        if action.takes_turn and action not in executed
     }

@@ -24,6 +24,8 @@ LONGEST_WAIT_S = 300.0
 
 _PAUSE_S = 0.25
 _LOOK_PAUSE_S = 5.0
+# A loop that is stuck for so long is said to be so by `status`; the command is taken all the same.
+_IN_FORCE_S = 5.0
 
 
 class LoopStuck(SplitlearnError):
@@ -148,10 +150,11 @@ class _NodeApi:
         model_id = question.text("model_id")
         if self._book.describe(model_id) is None:
             raise self._not_found(model_id)
-        return {"model_id": model_id, "message": carry_out(model_id)}
+        return {"model_id": model_id, "message": self._in_force(carry_out(model_id))}
 
     def confirm_prune(self, question: Question) -> Mapping[str, object]:
-        return {"message": self._loop.confirm_prune(question.text("digest"))}
+        message = self._loop.confirm_prune(question.text("digest"))
+        return {"message": self._in_force(message)}
 
     def events(self, question: Question) -> Mapping[str, object]:
         """Events after a serial; waits for some if there are none. `next` is what to ask for next."""
@@ -206,6 +209,13 @@ class _NodeApi:
             return True
         threading.Event().wait(max(0.0, end - monotonic()))
         return False
+
+    def _in_force(self, message: str) -> str:
+        """The message, once the loop has acted on the command and written it down: who is answered can
+        count on it, whatever happens to the node then."""
+        self._loop.wake()
+        self._loop.await_turn(_IN_FORCE_S)
+        return message
 
     def _not_found(self, model_id: str) -> ModelNotFound:
         conflicts = self._book.node().get("conflicts")

@@ -11,7 +11,10 @@ from splitlearn_manager.reconcile.backoff import (
     BASE_S,
     CAP_S,
     JITTER,
+    MOST_FAILURES,
+    WINDOW_S,
     Attempt,
+    FailureRate,
     after_failure,
     delay_s,
 )
@@ -60,3 +63,35 @@ def test_a_terminal_failure_waits_for_a_change() -> None:
     assert attempt.retry_at_s is None
     assert attempt.blocks(SPECS[0], 1e9)
     assert not attempt.blocks(SPECS[1], 10.0)
+
+
+@given(st.lists(st.floats(0.0, 20.0), min_size=1, max_size=60))
+def test_no_more_loads_fail_in_any_minute_than_the_limit(gaps: list[float]) -> None:
+    """Somebody asks again after each gap. Seen to fail with the limit lifted at the latest failure's
+    time, and with the failures forgotten when the limit is reached."""
+    rate, now, failed_at = FailureRate(), 0.0, list[float]()
+    for gap in gaps:
+        now += gap
+        rate.forget_before(now)
+        if "a" not in rate.limited(now):
+            failed_at.append(now)
+            rate.add("a", now)
+    for first, eleventh in zip(failed_at, failed_at[MOST_FAILURES:], strict=False):
+        assert eleventh >= first + WINDOW_S
+
+
+def test_one_model_that_fails_too_often_limits_no_other() -> None:
+    rate = FailureRate()
+    for second in range(MOST_FAILURES):
+        rate.add("a", float(second))
+        rate.add("b", 0.0) if second else None
+    assert rate.limited(20.0) == {"a": WINDOW_S}
+
+
+def test_nothing_is_remembered_of_failures_that_limit_nothing_any_more() -> None:
+    rate = FailureRate()
+    rate.add("a", 0.0)
+    rate.forget_before(WINDOW_S - 1.0)
+    assert rate._times
+    rate.forget_before(WINDOW_S)
+    assert not rate._times

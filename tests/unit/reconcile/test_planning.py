@@ -20,6 +20,7 @@ class Node:
         self.attempts: dict[str, Attempt] = {}
         self.parked: dict[str, float] = {}
         self.fallbacks: dict[str, Wanted] = {}
+        self.limited: dict[str, float] = {}
 
     def want(
         self, model_id: str, *, weights: str = "w0", mb: float = 10.0, **keys: object
@@ -65,6 +66,7 @@ class Node:
                 attempts=self.attempts,
                 parked=self.parked,
                 fallbacks=self.fallbacks,
+                limited=self.limited,
                 now_s=self.bench.clock.now(),
             ),
         )
@@ -362,3 +364,127 @@ def test_changes_are_described_as_a_person_wrote_them() -> None:
     old = ModelSpec.of(model("a", config={"dtype": "float16"}), weights="w0")
     new = ModelSpec.of(model("a", config={"dtype": "bfloat16"}), weights="w1")
     assert describe_changes(old, new) == "dtype float16 → bfloat16, weights changed"
+
+
+def test_a_suspended_model_that_serves_is_left_as_it_is() -> None:
+    node = Node()
+    node.serve("a")
+    node.want("a", trusted=True, keep_alive_s=1.0)
+    node.change("a", suspended=True)
+    node.bench.clock.advance(100.0)
+    assert not node.made.actions
+    assert node.reason("a") == "Suspended"
+
+
+def test_a_suspended_model_is_not_evicted_for_another() -> None:
+    node = Node(max_models=1)
+    node.serve("a")
+    node.change("a", suspended=True)
+    node.want("b", priority=5)
+    assert not node.made.actions
+    waiting = node.made.waiting_for("b")
+    assert waiting is not None
+    assert waiting.reason == "MaxModels"
+    assert "(suspended)" in waiting.message
+
+
+def test_a_suspended_model_is_loaded_and_after_a_failure_left_alone() -> None:
+    node = Node()
+    node.want("a")
+    node.change("a", suspended=True)
+    assert node.actions == [(Verb.LOAD, "a")]
+    node.fail("a", retry_in_s=0.0)
+    node.bench.clock.advance(1.0)
+    assert not node.made.actions
+    waiting = node.made.waiting_for("a")
+    assert waiting is not None
+    assert (waiting.reason, waiting.failed, waiting.until_s) == ("LoadFailed", True, None)
+    assert "suspended" in waiting.message
+
+
+def test_a_suspended_model_comes_back_in_the_version_that_served_last() -> None:
+    """Not in one that was accepted before the suspension, and never served."""
+    node = Node()
+    old = node.want("a")
+    node.want("a", trusted=True)
+    node.change("a", suspended=True)
+    node.fallbacks["a"] = old
+    assert node.only_action().spec == old.spec
+
+
+def test_what_failed_before_is_tried_after_all_others() -> None:
+    """Or its load, which may take as long as the last one, would hold up the rest."""
+    node = Node()
+    node.serve("updates-again")
+    node.serve("updates")
+    for model_id in ("updates-again", "updates"):
+        node.want(model_id, trusted=True)
+    node.want("loads-again", priority=9)
+    node.want("loads")
+    node.fail("loads-again", retry_in_s=0.0)
+    node.fail("updates-again", retry_in_s=0.0)
+    node.bench.clock.advance(1.0)
+    assert [model_id for _, model_id in node.actions] == [
+        "updates",
+        "loads",
+        "updates-again",
+        "loads-again",
+    ]
+
+
+def test_what_failed_before_does_not_take_the_room_of_what_never_did() -> None:
+    node = Node(max_models=1)
+    node.want("again", priority=9)
+    node.want("fresh")
+    assert node.actions == [(Verb.LOAD, "again")]
+    node.fail("again", retry_in_s=0.0)
+    node.bench.clock.advance(1.0)
+    assert node.actions == [(Verb.LOAD, "fresh")]
+
+
+def test_when_too_many_loads_have_failed_none_is_tried_whatever_is_wanted() -> None:
+    node = Node()
+    old = node.want("a")
+    node.want("a", trusted=True)
+    node.fallbacks["a"] = old
+    until_s = node.bench.clock.now() + 30.0
+    node.limited["a"] = until_s
+    node.want("b")
+    assert node.actions == [(Verb.LOAD, "b")]
+    waiting = node.made.waiting_for("a")
+    assert waiting is not None
+    assert (waiting.reason, waiting.failed, waiting.until_s) == ("RateLimited", True, until_s)
+    node.bench.clock.advance(30.0)
+    assert (Verb.LOAD, "a") in node.actions
+
+
+def test_an_update_is_not_tried_either_when_too_many_loads_have_failed() -> None:
+    node = Node()
+    node.serve("a")
+    node.want("a", trusted=True)
+    node.limited["a"] = node.bench.clock.now() + 30.0
+    assert not node.made.actions
+    assert node.reason("a") == "RateLimited"
+
+
+def test_weights_that_are_still_changing_are_waited_for_and_not_gone_back_from() -> None:
+    node = Node()
+    old = node.want("a")
+    node.want("a", weights="", trusted=True)
+    node.change("a", weights_ready=False)
+    node.fallbacks["a"] = old
+    assert not node.made.actions
+    assert node.reason("a") == "WeightsNotReady"
+    node.change("a", weights_problem="nothing is at /models/a.pt")
+    assert node.only_action().spec == old.spec
+
+
+def test_thousands_that_wait_for_room_are_told_the_same() -> None:
+    node = Node(max_models=1)
+    node.serve("a")
+    for number in range(50):
+        node.want(f"m{number:02d}")
+    node.bench.manager.table.by_model["a"].last_used_s = node.bench.clock.now() + 1.0
+    made = node.made
+    assert not made.actions
+    assert len({id(made.waiting_for(f"m{n:02d}").message) for n in range(50)}) == 1  # type: ignore[union-attr]

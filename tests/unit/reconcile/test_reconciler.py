@@ -15,7 +15,7 @@ from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.state import DesiredState, Instructions
 from splitlearn_manager.errors import ModelUnavailable
-from splitlearn_manager.reconcile.actions import Verb
+from splitlearn_manager.reconcile.actions import TURN_S, Verb
 from splitlearn_manager.reconcile.observation import from_json, to_json
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
 from splitlearn_manager.reconcile.status import Phase
@@ -55,6 +55,12 @@ class Loop:
                 return turn
             self.bench.executor.run_all()
         raise AssertionError(f"did not settle: {turn.plan}")
+
+    def phases_but(self, *hanging: str) -> set[Phase]:
+        """The phases of all others after a turn."""
+        self.loop.turn()
+        phases = self.loop.status.phases
+        return {phase for model_id, phase in phases.items() if model_id not in hanging}
 
     def phase(self, model_id: str) -> Phase | None:
         return self.loop.status.phases.get(model_id)
@@ -102,6 +108,40 @@ def test_a_load_that_does_not_end_leaves_the_other_slot_to_the_others() -> None:
             loop.bench.executor.run_one(1)
     assert loop.phase("hangs") is Phase.LOADING
     assert {loop.phase(m) for m in ("a", "b", "c")} == {Phase.READY}
+
+
+def test_loads_that_take_long_lend_their_turns_so_that_no_other_waits_for_them() -> None:
+    """With every turn taken by a load that hangs, the others wait for `TURN_S`, not for load_timeout_s."""
+    loop = Loop(max_models=4)
+    for model_id in ("hangs", "too"):
+        loop.declare(model_id, priority=1)
+    for model_id in ("a", "b"):
+        loop.declare(model_id)
+    loop.loop.turn()
+    assert loop.reason("a") == loop.reason("b") == "AwaitingTurn"
+    due_s = loop.loop.turn().next_s
+    assert due_s == TURN_S
+    loop.bench.clock.advance(due_s)
+    assert len(loop.loop.turn().executed) == 2
+    loop.loop.turn()
+    assert {loop.phase(m) for m in ("a", "b")} == {Phase.LOADING}
+    loop.bench.executor.run_one(2)
+    loop.bench.executor.run_one(2)
+    assert loop.phases_but("hangs", "too") == {Phase.READY}
+    assert {loop.phase(m) for m in ("hangs", "too")} == {Phase.LOADING}
+
+
+def test_turns_that_are_lent_make_no_more_room_than_there_is() -> None:
+    loop = Loop(max_models=3)
+    for model_id in ("hangs", "too"):
+        loop.declare(model_id, priority=1)
+    for model_id in ("a", "b"):
+        loop.declare(model_id)
+    loop.loop.turn()
+    loop.bench.clock.advance(TURN_S)
+    assert len(loop.loop.turn().executed) == 1
+    loop.loop.turn()
+    assert (loop.phase("a"), loop.reason("b")) == (Phase.LOADING, "MaxModels")
 
 
 def test_failed_loads_are_retried_after_one_two_and_four_seconds() -> None:

@@ -150,7 +150,16 @@ def test_history_is_told_as_data(asked: Node) -> None:
 def test_a_command_reaches_the_loop_and_its_sentence_comes_back(asked: Node, command: str) -> None:
     answer = asked.ask(command, model_id="bert")
     assert answer == {"model_id": "bert", "message": f"{command} bert: done"}
-    assert asked.reconciler.told == [(command, "bert")]
+    assert asked.reconciler.told[0] == (command, "bert")
+
+
+@pytest.mark.parametrize("question", ["suspend", "resume", "retry", "confirm_prune"])
+def test_a_command_is_answered_when_the_loop_has_acted_on_it(asked: Node, question: str) -> None:
+    """Then it is written down: who has an answer can count on it."""
+    seen: list[list[tuple[str, str]]] = []
+    asked.reconciler.at_turn = lambda: seen.append(list(asked.reconciler.told))
+    asked.ask(question, model_id="bert", digest="abc")
+    assert [told[0][0] for told in seen] == [question]
 
 
 def test_a_confirmation_is_the_loops_to_accept_or_to_refuse(asked: Node) -> None:
