@@ -132,7 +132,7 @@ batches = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(batches)
 def test_a_restart_at_any_step_ends_where_no_restart_does(
     happenings: list[tuple[list[Step], int, int]],
@@ -189,7 +189,7 @@ class Watched:
     def __init__(self) -> None:
         self.lab = DesiredLab()
         self.state = DesiredState()
-        self.seen: list[tuple[set[str], int]] = []
+        self.seen: list[tuple[set[str], range]] = []
         """At each look, which ids had a file, and how many were managed."""
         self.covered: set[str] = set()
         """Held by a guard, and neither confirmed nor declared since."""
@@ -203,11 +203,12 @@ class Watched:
         if gone and self.lab.instructions.confirmed_prune != digest_of(gone):
             assert not self.covered & gone.keys(), "a guard was left without a confirmation"
             declared = [managed for ids, managed in self.seen if gone.keys() <= ids]
-            managed = declared[-1] if declared else len(before)
-            assert managed < 3 or 100 * len(gone) <= PERCENT * managed, f"{gone.keys()} went"
+            counts = declared[-1] if declared else range(len(before), len(before) + 1)
+            few = any(n < 3 or 100 * len(gone) <= PERCENT * n for n in counts)
+            assert few, f"{gone.keys()} went"
         assert not gone.keys() & files
-        # A file that stood beside them counts, though it had not settled when they went.
-        self.seen.append((files, max(len(now), len(files))))
+        # A file that stood beside them may count or not, as long as it had not settled when they went.
+        self.seen.append((files, range(len(now), max(len(now), len(files)) + 1)))
         self.covered -= gone.keys()
         self.covered -= {i for i, m in now.items() if m.held is None and i in self.state.models}
         guard = self.state.prune_guard
@@ -245,7 +246,7 @@ guard_steps = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, deadline=None)
 @given(
     st.sets(st.sampled_from(IDS6), min_size=2),
     st.lists(st.tuples(guard_steps, st.sampled_from((0.0, 0.1, SETTLE_S))), max_size=12),
