@@ -234,8 +234,9 @@ def remembered(state: DesiredState) -> dict[str, DesiredModel]:
 class World(RuleBasedStateMachine):
     """Three sources look at one directory: at each look, at each look with the listing reversed, seldom.
 
-    The first two are restarted now and then; the seldom one never is. `history` has the looks since the
-    last start, for a new process has seen nothing before.
+    The second one works on all files and ids at each look, whether or not they have changed. The first
+    two are restarted now and then; the seldom one never is. `history` has the looks since the last start,
+    for a new process has seen nothing before.
     """
 
     def __init__(self) -> None:
@@ -247,9 +248,10 @@ class World(RuleBasedStateMachine):
         self.history: list[Truth] = []
         self.state = DesiredState()
 
-    @initialize(files=st.dictionaries(names, valid_contents, max_size=2))
-    def begin(self, files: dict[str, bytes]) -> None:
+    @initialize(files=st.dictionaries(names, valid_contents, max_size=2), stats=st.booleans())
+    def begin(self, files: dict[str, bytes], stats: bool = False) -> None:
         """Start where something is accepted already: there is more to lose."""
+        self.lab.fs.lists_stats = stats
         for name, data in sorted(files.items()):
             self.lab.fs.write(lab_path(name), data)
         for _ in range(3):
@@ -299,6 +301,7 @@ class World(RuleBasedStateMachine):
         before, self.state = self.state, self.lab.look()
         self.history.append(truth(self.lab))
         self.lab.fs.order = backwards
+        self.reversed._acceptance.distrust()
         assert self.reversed.look(self.lab.now, self.lab.instructions) == self.state  # I1
         self.lab.fs.order = lambda entries: entries
         if seldom == 0:
@@ -314,6 +317,7 @@ class World(RuleBasedStateMachine):
         for _ in range(3):
             self.look(SETTLE_S, 1)
         assert self.state.next_check_s is None
+        assert self.lab.look() is self.state
         end = self.history[-1]
         self.judge_end(self.state, end)
         for _ in range(3):  # I4: how often one looked before does not matter

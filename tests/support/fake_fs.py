@@ -208,6 +208,20 @@ class FakeFileSystem:
         return node, name
 
     def _follow(self, path: str) -> _Node:
+        node = self._root
+        for name in path.split("/"):
+            if not name:
+                continue
+            if node.kind != "dir":
+                raise self._error(errno.ENOTDIR, path)
+            child = node.children.get(name)
+            if child is None or child.kind == "link":
+                return self._follow_links(path)
+            node = child
+        return node
+
+    def _follow_links(self, path: str) -> _Node:
+        """As `_follow`, for a path with links or dots in it; raises for one that leads nowhere."""
         ahead = [part for part in path.split("/") if part]
         trail = [self._root]
         links = 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from splitlearn_comm import GRPCComputeClient
+from splitlearn_manager.server.state_dir import state_dir_for
 from support.waiting import eventually
 
 _ENDED = ["ended"]
@@ -28,6 +29,9 @@ class Node:
         settings: keys of server.yaml besides the ports, which the system chooses.
         environment: variables that the process gets besides those of the tests.
         launcher: a command that the node's own is appended to; it must end in an exec of it.
+
+    Attributes:
+        state_dir: where the node keeps its state.
     """
 
     def __init__(
@@ -43,6 +47,7 @@ class Node:
         directory.mkdir(exist_ok=True)
         values = {"port": 0, "metrics_port": 0, **(settings or {})}
         (directory / "server.yaml").write_text(json.dumps(values))
+        self.state_dir = Path(str(values.get("state_dir") or state_dir_for(directory)))
         self.lines: list[str] = []
         self.printed: list[str] = []
 

@@ -209,9 +209,9 @@ class Callers:
             "every caller goes on",
         )
 
-    def wait_for(self, look: Callable[[], object], what: str) -> None:
+    def wait_for(self, look: Callable[[], object], what: str, deadline_s: float = 30.0) -> None:
         """As `eventually`, but a failed call ends it at once."""
-        eventually(lambda: self.failures or look(), what)
+        eventually(lambda: self.failures or look(), what, deadline_s)
         assert not self.failures, f"a call failed: {self.failures[0]!r}"
 
     def _call(self, answers: list[torch.Tensor]) -> None:

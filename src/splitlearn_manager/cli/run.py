@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -22,9 +23,11 @@ from splitlearn_manager.cli.terminal import Screen, moving_console, show_cursor
 from splitlearn_manager.config.server_config import ServerConfig
 from splitlearn_manager.desired.state import DesiredState
 from splitlearn_manager.logs import LogFormat, configure
+from splitlearn_manager.reconcile.facts import Phase
 from splitlearn_manager.server.managed_server import ManagedServer
 
 _LOOK_FOR_SIGNALS_S = 0.1
+_MOST_LISTED = 50
 
 
 def serve(directory: Path, settings: ServerConfig, log_format: LogFormat, *, live: bool) -> None:
@@ -41,7 +44,7 @@ def serve(directory: Path, settings: ServerConfig, log_format: LogFormat, *, liv
             settings,
             directory=directory,
             live_settings=live,
-            on_progress=screen.files_read if screen is not None else None,
+            on_progress=files_read(screen, lambda: bool(server.model_manager.snapshot().instances)),
         )
         if screen is not None:
             screen.follow(server.model_manager)
@@ -77,6 +80,24 @@ def converge(
             return server.converge()
         finally:
             server.stop()
+
+
+def files_read(screen: Screen | None, has_models: Callable[[], bool]) -> Callable[[int, int], None]:
+    """What is done as the directory's files are read: it is shown, and at the end what was read is
+    exempted from garbage collection.
+
+    A full collection goes through thousands of configs one by one, while no thread runs. With models
+    there, nothing is exempted: what refers to itself in one of them would never be freed.
+    """
+
+    def told(done: int, total: int) -> None:
+        if screen is not None:
+            screen.files_read(done, total)
+        if done >= total and not has_models():
+            gc.collect()
+            gc.freeze()
+
+    return told
 
 
 @contextmanager
@@ -139,12 +160,13 @@ def _announce_when_ready(
     """Once converged, tells a person what is served and what to type next."""
     if not server.reconciler.wait_converged(lambda: signals.received):
         return
-    statuses = list(server.reconciler.status.published.values())
-    ready = sum(status["phase"] == "Ready" for status in statuses)
+    status = server.reconciler.status
+    phases = status.phases
+    ready = sum(phase is Phase.READY for phase in phases.values())
     where = f"{server.config.host}:{server.port}"
     lines = [
-        *summary_lines(statuses),
-        Text(f"Serving {ready} of {len(statuses)} models on {where}."),
+        *listed(phases, status.describe),
+        Text(f"Serving {ready} of {len(phases)} models on {where}."),
     ]
     if server.config.enable_monitoring:
         base = f"http://{server.config.host}:{server.metrics_port}"
@@ -153,6 +175,20 @@ def _announce_when_ready(
         lines += [Text("Ask it something, in a second terminal:"), Text(f"  {example}")]
     say(lines)
     sys.stdout.flush()
+
+
+def listed(
+    phases: Mapping[str, Phase], describe: Callable[[str], Mapping[str, object] | None]
+) -> list[Text]:
+    """A line for each model, those that serve first where they are too many for a screen or two."""
+    ids = sorted(phases)
+    if len(ids) > _MOST_LISTED:
+        ids.sort(key=lambda model_id: phases[model_id] is not Phase.READY)
+    found = (describe(model_id) for model_id in ids[:_MOST_LISTED])
+    lines = summary_lines([status for status in found if status is not None])
+    if len(ids) > _MOST_LISTED:
+        lines.append(Text(f"  … and {len(ids) - _MOST_LISTED:,} more; `status` lists them"))
+    return lines
 
 
 def _example_call(server: ManagedServer, address: str) -> str | None:

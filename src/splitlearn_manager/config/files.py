@@ -15,6 +15,7 @@ import contextlib
 import errno
 import os
 import stat as stat_module
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -55,8 +56,8 @@ class DirEntry(NamedTuple):
 class FileSystem(Protocol):
     """Reading access to files. Every call may raise `OSError`."""
 
-    def list_dir(self, path: str) -> list[DirEntry]:
-        """The names in a directory, in no particular order."""
+    def list_dir(self, path: str) -> Iterable[DirEntry]:
+        """The names in a directory, in no particular order, one by one: a later one may raise too."""
         ...
 
     def stat(self, path: str) -> FileStat:
@@ -71,9 +72,10 @@ class FileSystem(Protocol):
 class RealFileSystem:
     """The disk."""
 
-    def list_dir(self, path: str) -> list[DirEntry]:
+    def list_dir(self, path: str) -> Iterator[DirEntry]:
+        # Thousands that live at a time would set off garbage collections.
         with os.scandir(path) as entries:
-            return [_dir_entry(entry) for entry in entries]
+            yield from map(_dir_entry, entries)
 
     def stat(self, path: str) -> FileStat:
         return _file_stat(os.stat(path))

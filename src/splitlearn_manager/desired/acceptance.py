@@ -90,7 +90,8 @@ class Acceptance:
     ) -> None:
         self.settle_s = settle_s
         self._root = root
-        self._tracking = Tracking(ModelParser(root), on_progress)
+        self._parser = ModelParser(root)
+        self._tracking = Tracking(self._parser, on_progress)
         self._server = ServerFile()
         self._absence = Absence(prune_guard_percent)
         self._accepted: Mapping[str, DesiredModel] = {}  # sorted, and never changed in place
@@ -132,6 +133,7 @@ class Acceptance:
             self._tracking.restore(model_id, claims)
             if model.contested:
                 self._open[model_id] = Verdict(conflict=claims)
+        self._parser.remember(self._accepted.values())
         self._undecided = frozenset(self._accepted)
         self._absence.restore(i for i, model in self._accepted.items() if model.uncounted)
 
@@ -275,6 +277,7 @@ class Acceptance:
                 # What people ended a moment ago (a conflict, a suspension) was not seen before.
                 seen_at=now if before is not None and before.lasting else verdict.seen_at,
                 uncounted=current is not None and current.uncounted,
+                mark=found.mark,
             )
         is_alone = len(verdict.refs) == 1 and current.source == found.ref
         if current.config is found.config and is_alone and _is_plain(current):
@@ -290,6 +293,7 @@ class Acceptance:
             contested=False,
             unclaimed=False,
             claimed_by=verdict.refs if len(verdict.refs) > 1 else (),
+            mark=found.mark,
         )
 
     def _hold(

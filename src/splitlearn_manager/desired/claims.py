@@ -97,7 +97,9 @@ def judge(claims: Claims, current: DesiredModel | None, *, was_contested: bool) 
     if len(firm) + len(rivals) > 1:
         conflict = tuple(sorted([*firm, *rivals]))
         why = f"declared more than once: {' and '.join(str(ref) for ref in conflict)}"
-        return Verdict(hold=why, conflict=conflict, lasting=True, refs=refs)
+        # If all of the files are gone, a little more time ends it.
+        lasting = bool(firm) or not all(kept.doubt.absent for kept in claims.kept)
+        return Verdict(hold=why, conflict=conflict, lasting=lasting, refs=refs)
     if claims.firm:
         found = claims.firm[0]
         if not claims.kept or (current and current.spec_hash == found.spec_hash):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -176,7 +176,8 @@ class _Walk:
             links=tuple(sorted(self.links)),
         )
 
-    def _descend(self, directory: str, entries: list[DirEntry]) -> None:
+    def _descend(self, directory: str, entries: Iterable[DirEntry]) -> None:
+        """Raises OSError where this very directory cannot be listed, to its end."""
         below = f"{directory}/" if directory else ""
         directories = []
         for entry in entries:
@@ -199,14 +200,12 @@ class _Walk:
             if _identity(stat) in self._visited:
                 return
             self._visited.add(_identity(stat))
-            entries = self._fs.list_dir(self._absolute(path))
+            self._descend(path, self._fs.list_dir(self._absolute(path)))
         except OSError as error:
             if is_gone(error):
                 self.torn = f"{printable(path)} vanished while it was being read"
             else:
                 self.unreadable[path] = describe(error)
-        else:
-            self._descend(path, entries)
 
     def _follow(self, path: str) -> None:
         self.links.append(path)

@@ -1,8 +1,9 @@
 """A directory as a source of desired state: scan, acceptance and weights behind one call.
 
 `look(now)` is what the loop calls each turn; it is level-triggered, so calling it more or less often
-changes when something is accepted, never what. `watch_paths` says what is worth a wake-up: the things
-that lie outside the directory and would change what the next look sees.
+changes when something is accepted, never what. Where nothing is otherwise than before, it returns the
+very same object as before. `watch_paths` says what is worth a wake-up: the things that lie outside the
+directory and would change what the next look sees.
 
 It has no threads and no clock, and never raises for what files are or do.
 """
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from splitlearn_manager.config.files import FileSystem, RealFileSystem
@@ -25,6 +27,7 @@ from splitlearn_manager.desired.state import (
     DesiredState,
     Instructions,
 )
+from splitlearn_manager.desired.watch_paths import WatchPaths
 from splitlearn_manager.desired.weights import WeightsState, WeightsWatch
 from splitlearn_manager.errors import SplitlearnError
 
@@ -58,8 +61,9 @@ class DesiredSource:
         self._scanner = Scanner(self.root, self._fs)
         self._acceptance = Acceptance(settle_s, self.root, prune_guard_percent, on_progress)
         self._weights = WeightsWatch(settle_s)
-        self._links: tuple[str, ...] = ()
-        self._configs: tuple[ModelConfig, ...] = ()
+        self._configs: Mapping[str, ModelConfig] = {}
+        self._told = _Told(DesiredState(), WeightsState({}, None, {}), DesiredState())
+        self._paths = WatchPaths()
 
     @property
     def settle_s(self) -> float:
@@ -92,26 +96,25 @@ class DesiredSource:
             instructions: what people asked for beside what the files say.
         """
         scan = self._scanner.scan()
+        before = self._told
         state = self._acceptance.observe(scan, now, self._read, self._stat, instructions)
-        configs = {model_id: model.config for model_id, model in state.models.items()}
+        if state.models is not before.accepted.models:
+            self._configs = {model_id: model.config for model_id, model in state.models.items()}
         upcoming = self._acceptance.upcoming
-        weights = self._weights.observe(configs, now, self._fingerprint, upcoming)
-        self._links = tuple(os.path.join(self.root, link) for link in scan.links)
-        self._configs = (*configs.values(), *upcoming)
-        return _with_weights(state, weights)
+        weights = self._weights.observe(
+            self._configs, now, self._fingerprint, upcoming, instructions.watched
+        )
+        self._paths.follow(scan.links, self._configs, instructions.watched, self._weights.keys)
+        if state is not before.accepted or weights is not before.weights:
+            self._told = _Told(state, weights, _joined(state, weights, before))
+        return self._told.state
 
     def watch_paths(self) -> tuple[str, ...]:
-        """Absolute paths beside the root that the last look depended on: links and weights, sorted."""
-        paths = set(self._links)
-        for config in self._configs:
-            try:
-                source = resolve_source(config, self._fs)
-            except SplitlearnError:
-                continue  # nothing to watch; the look itself reports it as the weights' problem
-            for path in (source.path, source.module_file):
-                if path is not None:
-                    paths.add(os.path.abspath(path))
-        return tuple(sorted(paths))
+        """Absolute paths beside the root that the last looks depended on: links and weights, sorted.
+
+        At most `MOST_PATHS`; where there are more, those of watched ids and links come first.
+        """
+        return self._paths.absolute(self.root)
 
     def _read(self, path: str) -> bytes:
         return self._fs.read(os.path.join(self.root, path), READ_LIMIT_BYTES)
@@ -120,17 +123,49 @@ class DesiredSource:
         return self._fs.stat(os.path.join(self.root, path)).fingerprint
 
     def _fingerprint(self, config: ModelConfig) -> str:
-        return fingerprint(resolve_source(config, self._fs), self._fs)
+        try:
+            source = resolve_source(config, self._fs)
+        except SplitlearnError:
+            self._paths.found(config, ())  # nothing to watch; it is the weights' problem
+            raise
+        self._paths.found(config, (source.path, source.module_file))
+        return fingerprint(source, self._fs)
 
 
-def _with_weights(state: DesiredState, weights: WeightsState) -> DesiredState:
-    models: dict[str, DesiredModel] = {
-        model_id: dataclasses.replace(
-            model,
-            weights=weights.by_id.get(model_id),
-            weights_problem=weights.problems.get(model_id),
-        )
-        for model_id, model in state.models.items()
-    }
-    waits = [w for w in (state.next_check_s, weights.next_check_s) if w is not None]
-    return dataclasses.replace(state, models=models, next_check_s=min(waits, default=None))
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the last look said, and what it was made of."""
+
+    accepted: DesiredState
+    weights: WeightsState
+    state: DesiredState
+
+
+def _joined(accepted: DesiredState, weights: WeightsState, before: _Told) -> DesiredState:
+    """Desired state with what is known of the weights: as much of the last one as still holds."""
+    waits = [w for w in (accepted.next_check_s, weights.next_check_s) if w is not None]
+    state = dataclasses.replace(
+        accepted,
+        models=_models_with(accepted, weights, before),
+        next_check_s=min(waits, default=None),
+    )
+    return before.state if state == before.state else state
+
+
+def _models_with(
+    accepted: DesiredState, weights: WeightsState, before: _Told
+) -> Mapping[str, DesiredModel]:
+    if accepted.models is before.accepted.models and (
+        weights.by_id is before.weights.by_id and weights.problems is before.weights.problems
+    ):
+        return before.state.models
+    models: dict[str, DesiredModel] = {}
+    for model_id, model in accepted.models.items():
+        known, problem = weights.by_id.get(model_id), weights.problems.get(model_id)
+        old = before.state.models.get(model_id)
+        is_same = old is not None and model is before.accepted.models.get(model_id)
+        if old is not None and is_same and (old.weights, old.weights_problem) == (known, problem):
+            models[model_id] = old
+        else:
+            models[model_id] = dataclasses.replace(model, weights=known, weights_problem=problem)
+    return models

@@ -48,6 +48,8 @@ class DesiredModel:
         contested: in conflict, which does not end by a doubt about one of the sides.
         unclaimed: no file declares it any more, not even one that is in doubt.
         claimed_by: the declarations that claim the id, where that is not just `source`.
+        mark: names the bytes that it was read from, so that a later process need not parse them again;
+            empty if their file has problems. Says nothing of the model, so it counts in no comparison.
     """
 
     config: ModelConfig
@@ -66,6 +68,7 @@ class DesiredModel:
     contested: bool = False
     unclaimed: bool = False
     claimed_by: tuple[SourceRef, ...] = ()
+    mark: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -36,12 +36,17 @@ Stat = Callable[[str], Fingerprint]
 
 @dataclass(frozen=True, slots=True)
 class Declaration:
-    """One valid document of a model file."""
+    """One valid document of a model file.
+
+    Attributes:
+        mark: see `DesiredModel`.
+    """
 
     config: ModelConfig
     spec_hash: str
     load_hash: str
     ref: SourceRef
+    mark: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +273,8 @@ class TrackedFile:
         if not self._in_sight or self._last_entry != self._read_entry:
             return None
         if model_id in self._reading.invalid_ids or model_id.encode() in self._reading.data:
-            return Doubt(f"{self.name} {self._reading.fault} and mentions it", lasting=True)
+            why = f"{self.name} {self._reading.fault} and mentions it; correct that file"
+            return Doubt(why, lasting=True)
         return None
 
     def is_proven_gone(self, now: float, settle_s: float) -> bool:

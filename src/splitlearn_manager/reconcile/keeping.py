@@ -76,8 +76,8 @@ class Keeper:
         if self._store is not None and self._store.left_alone:
             names = ", ".join(sorted(self._store.left_alone))
             return (
-                f"{names}: written by a newer version of this program, and left alone; the models in it "
-                "are not kept over a restart; start that version, or delete the file"
+                f"{names}: written by a newer version of this program, and left alone; serving goes on; the "
+                "models in it are not kept over a restart; start that version, or delete the file"
             )
         return ""
 
@@ -165,7 +165,8 @@ class Keeper:
             self._say(
                 f"{error.filename or 'the state directory'}: {error.strerror or error}; what is "
                 "accepted from now on is not kept over a restart until it can be written, which is "
-                "tried every second; serving goes on"
+                "tried every second; serving goes on; free its disk, make it writable, or let state_dir "
+                "name another directory"
             )
         else:
             self._dirty = False

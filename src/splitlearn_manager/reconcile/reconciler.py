@@ -40,6 +40,7 @@ from splitlearn_manager.reconcile.store import Store
 from splitlearn_manager.reconcile.telling import (
     Found,
     ProblemLog,
+    SituationLog,
     facts_of,
     names_of,
     node_facts,
@@ -130,6 +131,7 @@ class Reconciler:
         self._keeper = Keeper(store, clock)
         self._wishes = Wishes(manager)
         self._problem_log = ProblemLog()
+        self._situation_log = SituationLog()
         self._wake = threading.Condition()
         self._woken = True
         self._look_asked = True
@@ -191,7 +193,10 @@ class Reconciler:
                 if turn.next_s is not None:
                     delay_s = min(turn.next_s, self.resync_s)
             except Exception:
-                log.exception('event=TurnFailed msg="the next one starts afresh"')
+                log.exception(
+                    'event=TurnFailed msg="a bug ended this turn; models go on serving, and the next turn '
+                    'starts afresh"'
+                )
                 self._on_error()
             with self._wake:
                 if not self._woken and not self._stopping:
@@ -212,7 +217,8 @@ class Reconciler:
                 left = deadline - self._clock.now()
                 phase = self.status.phases.get(model_id)
                 if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
-                    raise ModelUnavailable(f"model {model_id!r} is {phase or 'gone'}; try again")
+                    state = self.status.in_short(model_id) if phase is not None else "gone"
+                    raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
                 self._wake.wait(left)
 
     def ask_for(self, model_id: str) -> None:
@@ -339,7 +345,7 @@ class Reconciler:
 
     def _decide(self, basis: Basis, snapshot: Snapshot, *, recheck: bool) -> Found:
         """Plans, writes down what is accepted, and acts."""
-        desired, memory = basis.desired, self._memory
+        desired, memory = self._desired, self._memory
         wanted = self._wishes.of(desired.models, memory.demands, memory.take_measured())
         running = (v.model_id for v in snapshot.instances)
         for model_id in memory.forget_all_but({*wanted, *desired.undecided, *running}):
@@ -348,7 +354,9 @@ class Reconciler:
         self._keeper.take_outcomes(snapshot, memory.attempts)
         self._keeper.save(recheck=recheck)
         observed = self._observed(snapshot, wanted)
-        made = plan(wanted, observed)
+        standing, now_s = self._standing, observed.now_s
+        made = standing.plan_for(wanted, basis, snapshot, now_s) if standing is not None else None
+        made = made or plan(wanted, observed)
         executed = carry_out(
             made,
             self._manager,
@@ -413,11 +421,13 @@ class Reconciler:
         )
         facts = self._facts
         if turn.changed:
-            facts = facts_of(found)
+            facts = facts_of(found, self.status.entries)
         elif snapshot.instances != self._told_views:
             facts = with_views(facts, snapshot)
         if facts is not self._facts or node != self.status.node_facts:
             self.status.publish(facts, node, self._clock.now())
+        if turn.changed:
+            self._situation_log.say(facts, self.status.moment)
         self._facts, self._told_views = facts, snapshot.instances
 
     def _observed(self, snapshot: Snapshot, wanted: Mapping[str, Wanted]) -> Observed:

@@ -121,6 +121,7 @@ def same_accepted(one: DesiredModel, other: DesiredModel) -> bool:
         and one.claimed_by == other.claimed_by
         and one.config.base_dir == other.config.base_dir
         and one.config.model_path == other.config.model_path
+        and one.mark == other.mark
     )
 
 
@@ -232,6 +233,8 @@ def _model_to_data(record: ModelRecord) -> dict[str, object]:
         "source": _ref_to_data(accepted.source),
         **_spec_to_data(accepted.config, accepted.weights),
     }
+    if accepted.mark:
+        data["mark"] = accepted.mark
     for mark in _MARKS:
         if getattr(accepted, mark):
             data[mark] = True
@@ -271,6 +274,7 @@ def _model_from_data(data: Mapping[str, Any]) -> ModelRecord:
         contested=bool(data.get("contested", False)),
         unclaimed=bool(data.get("unclaimed", False)),
         claimed_by=tuple(_ref_from_data(ref) for ref in data.get("claimed_by", ())),
+        mark=str(data.get("mark", "")),
     )
     served = None
     if (old := data.get("served")) is not None:

@@ -7,7 +7,7 @@ depends on one thing: whether somebody who may be evicted for a model that waits
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import State
@@ -23,6 +23,7 @@ class Basis:
     """What a plan is made from, requests aside.
 
     Attributes:
+        desired: without when to look again, which says nothing of what is desired.
         revision: of what the loop remembers.
     """
 
@@ -40,7 +41,8 @@ def basis_of(
         (v.key, v.state, v.spec, v.owner, v.device, v.reserved_mb, v.drain_overdue)
         for v in snapshot.instances
     )
-    return Basis(desired, snapshot.ledger, instances, revision, max_parallel_loads)
+    lasting = replace(desired, next_check_s=None)
+    return Basis(lasting, snapshot.ledger, instances, revision, max_parallel_loads)
 
 
 class Standing:
@@ -49,8 +51,9 @@ class Standing:
     def __init__(
         self, made: Plan, basis: Basis, wanted: Mapping[str, Wanted], snapshot: Snapshot
     ) -> None:
+        self._made = made
         self._basis = basis
-        self._has_actions = bool(made.actions)
+        self._wanted = wanted
         self._due_s = min((w.until_s for w in made.waiting if w.until_s is not None), default=None)
         waiting = [wanted[w.model_id] for w in made.waiting if w.reason in _FOR_ROOM]
         self._priority = max((w.spec.config.priority for w in waiting), default=None)
@@ -64,10 +67,24 @@ class Standing:
 
     def holds(self, basis: Basis, snapshot: Snapshot, now_s: float) -> bool:
         """Whether the plan made anew would be the same, and has nothing left to start."""
+        return basis == self._basis and self._is_still_so(snapshot, now_s)
+
+    def plan_for(
+        self, wanted: Mapping[str, Wanted], basis: Basis, snapshot: Snapshot, now_s: float
+    ) -> Plan | None:
+        """The plan, if it would be the same for these; None if it is to be made anew.
+
+        The directory may say something that changes nothing of what is wanted, such as that a file is
+        being edited.
+        """
+        if wanted is not self._wanted or replace(basis, desired=self._basis.desired) != self._basis:
+            return None
+        return self._made if self._is_still_so(snapshot, now_s) else None
+
+    def _is_still_so(self, snapshot: Snapshot, now_s: float) -> bool:
         return (
-            not self._has_actions
+            not self._made.actions
             and (self._due_s is None or now_s < self._due_s)
-            and basis == self._basis
             and self._making_room(snapshot) == self._idle
         )
 

@@ -6,17 +6,35 @@ It words nothing that is shown (`status` does) and decides nothing.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from splitlearn_manager.config.yaml_source import Problem
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
-from splitlearn_manager.desired.state import DesiredModel, DesiredState
+from splitlearn_manager.desired.scanner import SERVER_FILE
+from splitlearn_manager.desired.state import DesiredModel, DesiredState, PruneGuard
 from splitlearn_manager.logs import log_event
 from splitlearn_manager.reconcile.actions import TURN_S, Action, Observed, Plan, Waiting, Wanted
-from splitlearn_manager.reconcile.status import DeviceUse, Facts, NodeFacts, NodeInfo
+from splitlearn_manager.reconcile.conditions import (
+    Moment,
+    meanwhile,
+    situation,
+    what_comes_next,
+)
+from splitlearn_manager.reconcile.status import (
+    WAITS_FOR_PEOPLE,
+    DeviceUse,
+    Entry,
+    Facts,
+    NodeFacts,
+    NodeInfo,
+)
 
 log = logging.getLogger(__name__)
+
+_NAMED = 5
+# So many new waits are said in one turn; in a large directory thousands may begin at once.
+_WAITS_SAID = 20
 
 
 @dataclass(frozen=True)
@@ -30,8 +48,12 @@ class Found:
     executed: tuple[Action, ...]
 
 
-def facts_of(found: Found) -> list[Facts]:
-    """The facts of each model that is declared or runs, sorted by id."""
+def facts_of(found: Found, before: Mapping[str, Entry]) -> list[Facts]:
+    """The facts of each model that is declared or runs, sorted by id.
+
+    Args:
+        before: what was told last; facts that are as they were are the very same objects.
+    """
     desired, observed = found.desired, found.observed
     views: dict[str, tuple[InstanceView, ...]] = {}
     for view in observed.snapshot.instances:
@@ -42,7 +64,7 @@ def facts_of(found: Found) -> list[Facts]:
         problems[problem.file] = (*problems.get(problem.file, ()), problem)
 
     def facts(model_id: str, model: DesiredModel | None) -> Facts:
-        return Facts(
+        now = Facts(
             model_id=model_id,
             wanted=found.wanted.get(model_id),
             views=views.get(model_id, ()),
@@ -58,6 +80,8 @@ def facts_of(found: Found) -> list[Facts]:
             problems=problems.get(model.source.file, ()) if model is not None else (),
             source=model.source if model is not None else None,
         )
+        known = before.get(model_id)
+        return known.facts if known is not None and known.facts == now else now
 
     ids = sorted({*found.wanted, *views})
     return [facts(model_id, desired.models.get(model_id)) for model_id in ids]
@@ -128,11 +152,115 @@ class ProblemLog:
         problems = {str(problem) for problem in desired.problems}
         if not desired.source_available:
             problems.add(desired.source_message)
-        for problem in sorted(problems - self._said):
-            log_event(log, logging.ERROR, "Problem", problem)
+        if desired.prune_guard is not None:
+            problems.add(_guard_in_words(desired.prune_guard))
+        if new := problems - self._said:
+            follows = _what_follows(desired)
+            for problem in sorted(new):
+                log_event(log, logging.ERROR, "Problem", problem, meanwhile=follows[problem])
         for problem in sorted(self._said - problems):
             log_event(log, logging.INFO, "Resolved", problem)
         self._said = frozenset(problems)
+
+
+def _guard_in_words(guard: PruneGuard) -> str:
+    named = ", ".join(guard.model_ids[:_NAMED])
+    more = len(guard.model_ids) - _NAMED
+    return (
+        f"prune guard {guard.digest}: no file declares {len(guard.model_ids)} of {guard.managed} models "
+        f"any more ({named}{f' and {more} more' if more > 0 else ''})"
+    )
+
+
+def _what_follows(desired: DesiredState) -> dict[str, str]:
+    """What happens meanwhile, by the problem as it is said."""
+    kept: dict[str, list[str]] = {}
+    for model_id, model in desired.models.items():
+        if model.held:
+            stays = f"{model_id} stays at generation {model.generation}"
+            for file in {ref.file for ref in (model.source, *model.claimed_by)}:
+                kept.setdefault(file, []).append(stays)
+    follows = {}
+    for problem in desired.problems:
+        stay = kept.get(problem.file, ())
+        if problem.file == SERVER_FILE:
+            what = "the settings in force stay"
+        elif stay:
+            what = ", ".join(stay[:_NAMED]) + (
+                f" and {len(stay) - _NAMED} more stay as they were" if len(stay) > _NAMED else ""
+            )
+        else:
+            what = "left out until that is corrected"
+        follows[str(problem)] = what
+    if not desired.source_available:
+        follows[desired.source_message] = "everything stays as it is until it can be read"
+    if (guard := desired.prune_guard) is not None:
+        follows[_guard_in_words(guard)] = (
+            "all of them stay; put their files back, or confirm with "
+            f"`apply DIRECTORY --confirm-prune {guard.digest}`"
+        )
+    return follows
+
+
+class SituationLog:
+    """Says once, in one line each, which models are not as declared, and what becomes of them.
+
+    That a load failed, and why, its own line has said before: here follows what goes on meanwhile, and
+    when it is tried again.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[str, tuple[object, ...]] = {}
+
+    def say(self, facts: Sequence[Facts], moment: Moment) -> None:
+        said: dict[str, tuple[object, ...]] = {}
+        waits = 0
+        for fact in facts:
+            if fact.waiting is None and fact.attempt is None:
+                continue
+            key = _situation_key(fact, moment)
+            before = self._said.get(fact.model_id)
+            if key is not None and key != before and fact.failed_attempt is None:
+                waits += 1
+                if waits > _WAITS_SAID:
+                    said[fact.model_id] = key
+                    continue
+            if key is not None and key != before:
+                _say_situation(fact, moment)
+            if key is None and fact.failed_attempt is not None:
+                key = before  # it is being tried again, or about to be
+            if key is not None:
+                said[fact.model_id] = key
+        if waits > _WAITS_SAID:
+            message = f"{waits - _WAITS_SAID} more models wait; `status` lists them"
+            log_event(log, logging.WARNING, "NotAsDeclared", message)
+        self._said = said
+
+
+def _situation_key(fact: Facts, moment: Moment) -> tuple[object, ...] | None:
+    """Another value where there is something new to say; None where there is nothing."""
+    if fact.why is None or fact.loading is not None:
+        return None
+    attempt = fact.failed_attempt
+    if attempt is not None and fact.why[0] == attempt.reason:
+        if fact.waiting is None or not fact.waiting.failed:
+            return None
+        return (attempt.reason, attempt.failures, what_comes_next(fact, moment))
+    reason = fact.why[0]
+    return (reason,) if reason in WAITS_FOR_PEOPLE else None
+
+
+def _say_situation(fact: Facts, moment: Moment) -> None:
+    attempt, why = fact.failed_attempt, fact.why
+    if attempt is not None and why is not None and why[0] == attempt.reason:
+        said = "; ".join(s for s in (meanwhile(fact), what_comes_next(fact, moment)) if s)
+    else:
+        said = situation(fact, moment)
+    reason = why[0] if why is not None else ""
+    tries = {"failed": attempt.failures} if attempt is not None else {}
+    log_event(
+        log, logging.WARNING, "NotAsDeclared", said, model=fact.model_id, reason=reason, **tries
+    )
 
 
 def _awaiting_turn(

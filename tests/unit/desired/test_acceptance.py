@@ -520,10 +520,19 @@ def test_an_invalid_file_that_was_never_valid_blocks_only_ids_that_it_mentions(
     state = lab.settle()
     assert list(state.models) == ["bert"]
     assert state.models["bert"].held == (
-        "no file declares it, but broken.yaml is invalid and mentions it"
+        "no file declares it, but broken.yaml is invalid and mentions it; correct that file"
     )
     lab.delete("broken.yaml")
     assert not lab.settle().models
+
+
+def test_a_broken_file_with_a_new_name_keeps_what_it_mentions_and_an_empty_one_nothing(
+    lab: DesiredLab,
+) -> None:
+    lab.accept(a=model("bert"), b=model("gpt2"))
+    lab.delete("a.yaml")
+    assert list(lab.accept(renamed=b"model_id: bert\nmodel_path: [\n").models) == ["bert", "gpt2"]
+    assert list(lab.accept(renamed=b"").models) == ["gpt2"]
 
 
 def test_an_id_that_is_moved_into_a_file_with_a_mistake_is_not_unloaded(lab: DesiredLab) -> None:

@@ -69,6 +69,19 @@ def test_a_model_whose_file_is_gone_is_never_desired_again(lab: DesiredLab) -> N
     assert not lab.settle().undecided
 
 
+def test_a_model_in_conflict_whose_files_are_gone_is_never_desired_again(lab: DesiredLab) -> None:
+    lab.accept(a=model("x"), c=model("y"))
+    lab.accept(b=model("x", priority=1))
+    assert lab.settle().models["x"].contested
+    lab.delete("a.yaml")
+    lab.delete("b.yaml")
+    lab.restart()
+    seen = [lab.look(after=after) for after in (1.0, 0.1, 0.2, 0.3)]
+    assert list(seen[0].undecided) == ["x", "y"]
+    assert not any("x" in state.models for state in seen)
+    assert list(lab.settle().models) == ["y"]
+
+
 def test_a_file_that_was_renamed_in_between_keeps_the_generation(lab: DesiredLab) -> None:
     lab.accept(a=model("x"))
     lab.accept(a=model("x", priority=1))

@@ -1,0 +1,32 @@
+"""What `run` does while it reads thousands of files for the first time."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+
+from splitlearn_manager.cli.run import files_read
+
+
+@pytest.fixture(autouse=True)
+def collection() -> Iterator[None]:
+    """Nothing is exempted before, nor after."""
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+
+
+def test_what_was_read_is_exempted_from_garbage_collection_at_the_end() -> None:
+    told = files_read(None, lambda: False)
+    told(0, 200)
+    told(199, 200)
+    assert gc.get_freeze_count() == 0
+    told(200, 200)
+    assert gc.get_freeze_count() > 0
+
+
+def test_nothing_is_exempted_while_there_are_models_whose_memory_must_come_back() -> None:
+    files_read(None, lambda: True)(200, 200)
+    assert gc.get_freeze_count() == 0
