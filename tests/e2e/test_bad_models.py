@@ -267,7 +267,7 @@ def test_room_is_made_by_the_rules_and_a_request_brings_a_model_back(tmp_path: P
         declare(directory, "huge", model_path="huge.pt")
         waiting = node.wait_phase("huge", "Pending")
         assert waiting["reason"] == "InsufficientMemory"
-        assert "on cpu, where 10 of 10 MB are free" in str(waiting["message"])
+        assert "on cpu, where all models together may take 10 MB" in str(waiting["message"])
         assert condition(waiting, "Ready")["reason"] == "InsufficientMemory"
 
         declare(directory, "first", config=constant(1.0))

@@ -188,7 +188,8 @@ def test_retry_has_a_failed_load_tried_at_once(node: Node) -> None:
     assert done.returncode == 0
     assert "flaky is tried again" in done.stdout
     assert (
-        reconcile("retry", "mlp", node.directory).stdout == "mlp has no failed load to try again\n"
+        reconcile("retry", "mlp", node.directory).stdout
+        == "mlp has no failed load to try again; `explain mlp` says how it stands\n"
     )
 
 

@@ -244,7 +244,8 @@ def build_server(
         for pool in pools:
             pool.shutdown(wait=False)
         raise ServerStartError(
-            f"cannot listen on {address}: the port is taken, or the address is not one of this machine"
+            f"cannot listen on {address}: the port is taken, or the address is not one of this "
+            "machine; choose another port, or 0 for any free one"
         ) from error
     return NetworkServer(server, port, servicer, pools)
 

@@ -19,7 +19,14 @@ from splitlearn_manager.cli.app import (
     existing,
     fail,
 )
-from splitlearn_manager.cli.render import Output, columns, print_data, print_lines, problem_data
+from splitlearn_manager.cli.render import (
+    Output,
+    columns,
+    cross,
+    print_data,
+    print_lines,
+    problem_data,
+)
 from splitlearn_manager.logs import LogFormat
 
 
@@ -122,7 +129,6 @@ def validate(directory: Directory = None, output: Format = Output.TABLE) -> None
 
     Exit code 0: all are valid, 2: some are not.
     """
-    from splitlearn_manager.cli.plan_view import problem_line
     from splitlearn_manager.cli.planning import preview
     from splitlearn_manager.config.server_config import ServerConfig
 
@@ -130,7 +136,7 @@ def validate(directory: Directory = None, output: Format = Output.TABLE) -> None
     if output is Output.TABLE:
         rows = [(m.config.model_id, "valid", str(m.source)) for m in desired.models.values()]
         problems = len(desired.problems)
-        print_lines([*columns(rows), *(problem_line(p, desired) for p in desired.problems)])
+        print_lines([*columns(rows), *(cross(str(p)) for p in desired.problems)])
         print(f"{len(desired.models)} valid, {problems} problem{'' if problems == 1 else 's'}")
     else:
         data = {"valid": sorted(desired.models), "problems": problem_data(desired.problems)}

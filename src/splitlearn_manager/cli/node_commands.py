@@ -179,10 +179,11 @@ def unknown_model(node: RunningNode, model_id: str) -> str:
     from splitlearn_manager.cli.asking import Refused
 
     try:
-        node.ask("explain", model_id=model_id)
+        found = node.ask("explain", model_id=model_id)
     except Refused as refused:
         return str(refused)
-    return f"the node has no model {model_id!r}"
+    # It is declared, and nothing of it was accepted yet.
+    return "; ".join([str(found.get("headline")), *texts(found.get("would_help"))])
 
 
 def _tell(node: RunningNode, command: str, model_id: str, output: Output) -> None:

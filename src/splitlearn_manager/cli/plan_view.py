@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.text import Text
 
 from splitlearn_manager.cli.guard_view import guard_lines
-from splitlearn_manager.cli.render import columns, cross, problem_data
+from splitlearn_manager.cli.render import columns, cross, meanwhile, problem_data
 from splitlearn_manager.config.yaml_source import Problem
 from splitlearn_manager.desired.state import DesiredState
 from splitlearn_manager.reconcile.actions import Action, DeviceForecast, Mode, Plan, Verb
@@ -27,15 +27,12 @@ _MODE_NOTE = {Mode.SURGE: "surge · no downtime", Mode.RECREATE: "recreate · do
 
 def problem_line(problem: Problem, desired: DesiredState) -> Text:
     """A problem, and what happens meanwhile to the models that its file declared."""
-    line = cross(str(problem))
-    kept = sorted(
-        f"{m.config.model_id}: generation {m.generation} stays"
+    kept = [
+        (m.config.model_id, m.generation)
         for m in desired.models.values()
         if m.held and m.source.file == problem.file
-    )
-    if kept:
-        line.append(f"   ({', '.join(kept)})", style="dim")
-    return line
+    ]
+    return cross(str(problem)).append(f"   ({meanwhile(problem.file, kept)})", style="dim")
 
 
 def plan_lines(

@@ -168,6 +168,14 @@ def problem_data(problems: Sequence[Problem]) -> list[dict[str, object]]:
     ]
 
 
+def meanwhile(file: str, kept: Iterable[tuple[object, object]]) -> str:
+    """What happens while a file has a problem: its models' ids and the generations that stay, or none."""
+    if file == "server.yaml":
+        return "the settings in force stay"
+    stays = ", ".join(f"{model_id}: generation {generation} stays" for model_id, generation in kept)
+    return stays or "left out until it is corrected"
+
+
 def problem_text(problem: Mapping[str, object]) -> str:
     """`FILE:LINE:COLUMN  KEY: MESSAGE` of a problem that came as data."""
     place = ":".join(str(problem[part]) for part in ("file", "line", "column") if problem.get(part))

@@ -17,6 +17,7 @@ from splitlearn_manager.cli.render import (
     columns,
     cross,
     duration,
+    meanwhile,
     megabytes,
     phase_text,
     problem_text,
@@ -27,7 +28,10 @@ _NOTE_INDENT = "      "
 # What is left out first where the terminal is narrow.
 _DISPENSABLE = ("since", "memory", "sync", "health", "from")
 _AS_IT_SHOULD_BE = ("Ready", "Synced", "Healthy")
-_SHORT = {"PruneGuard": "no file declares it, and the prune guard holds it (see below)"}
+_SHORT = {
+    "PruneGuard": "no file declares it, and the prune guard holds it (see below)",
+    "SourceUnavailable": "the directory cannot be read, so it stays as it is (see below)",
+}
 _WELL = {
     "SourceAvailable": "True",
     "Watching": "True",
@@ -135,13 +139,21 @@ def node_lines(answer: Data, directory: Path, now: float, width: int) -> list[Te
     node = mapping(answer.get("node"))
     lines = columns([(Text(key, style="dim"), value) for key, value in _node_facts(node, now)])
     if answer.get("loop_alive") is False:
-        lines.append(cross("the loop has not ended a turn for long; what is above may be outdated"))
+        lines.append(
+            cross(
+                "the loop has not ended a turn for long: what is above may be outdated; see its log"
+            )
+        )
     for condition in mappings(node.get("conditions")):
         well = _WELL.get(str(condition["type"]))
         if well is not None and condition["status"] != well:
             lines += _wrapped_cross(f"{condition['reason']}: {condition['message']}", width)
+    held = [m for m in mappings(answer.get("models")) if m.get("held")]
     for problem in mappings(node.get("problems")):
-        lines += _wrapped_cross(problem_text(problem), width)
+        file = problem.get("file")
+        kept = [(m.get("model_id"), m.get("generation")) for m in held if m.get("source") == file]
+        follows = meanwhile(str(file), kept)
+        lines += _wrapped_cross(f"{problem_text(problem)}   ({follows})", width)
     guard = node.get("prune_guard")
     if isinstance(guard, dict):
         ids, managed = texts(guard.get("model_ids")), int(number(guard.get("managed")))

@@ -168,7 +168,8 @@ def _report_wait(
         return
     if found.timed_out:
         fail(f"not {goal} within {timeout_s:g} s:{because}", NOT_REACHED)
-    if report.missing and goal is not Goal.GONE:
+    conflicts = mapping(report.node.get("conflicts"))
+    if report.missing and goal is not Goal.GONE and report.missing[0] not in conflicts:
         because += f"\n  {unknown_model(node, report.missing[0])}"
     fail(f"cannot become {goal} as things are:{because}", ERROR)
 

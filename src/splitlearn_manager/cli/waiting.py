@@ -115,7 +115,7 @@ def _ready(model: Data, report: Report) -> Step:
     if model.get("phase") == "Ready" and current:
         return (Outcome.REACHED, "")
     if model.get("suspended"):
-        return (Outcome.IMPOSSIBLE, _say(model, "it is suspended; `resume` lets it go on"))
+        return (Outcome.IMPOSSIBLE, _say(model, _suspended(model)))
     return _under_way(model)
 
 
@@ -149,8 +149,7 @@ def _gone(report: Report) -> Verdict:
             why = "the prune guard holds it until somebody confirms (see `status`)"
             return Verdict(Outcome.IMPOSSIBLE, (_say(model, why),))
         if model.get("suspended"):
-            why = "it is suspended; `resume` lets it go on"
-            return Verdict(Outcome.IMPOSSIBLE, (_say(model, why),))
+            return Verdict(Outcome.IMPOSSIBLE, (_say(model, _suspended(model)),))
     left = tuple(f"{model['model_id']}: it is {model.get('phase')}" for model in report.models)
     return Verdict(Outcome.WAITING, left) if left else Verdict(Outcome.REACHED)
 
@@ -159,7 +158,10 @@ def _under_way(model: Data) -> Step:
     """A model that is not there: still on its way, or failed for good."""
     if model.get("failed_for_good"):
         return (Outcome.IMPOSSIBLE, _say(model, _reason(model)))
-    return (Outcome.WAITING, _say(model, f"it is {model.get('phase')}" + _colon(_reason(model))))
+    state = f"it is {model.get('phase')}"
+    if model.get("phase") == "Ready":  # in an older generation, or by a file that is not followed
+        state = f"generation {model.get('observed_generation')} serves"
+    return (Outcome.WAITING, _say(model, state + _colon(_reason(model))))
 
 
 def _reason(model: Data) -> str:
@@ -169,6 +171,10 @@ def _reason(model: Data) -> str:
 
 def _say(model: Data, why: str) -> str:
     return f"{model['model_id']}: {why}"
+
+
+def _suspended(model: Data) -> str:
+    return f"it is suspended; `resume {model['model_id']}` lets it go on"
 
 
 def _colon(text: str) -> str:

@@ -191,10 +191,16 @@ def _refusal(
             for r in sorted(residents, key=lambda r: (-r.mb, r.model_id, r.key))
             if not of_device or r.device == device
         ]
-        return ", ".join(names) or "nobody"
+        return ", ".join(names) or ("those that come first" if ledger.reservations else "nobody")
 
     if missing.mb > 0:
         budget = ledger.budgets_mb[device]
+        if request.mb > budget:
+            return Refused(
+                "InsufficientMemory",
+                f"needs {request.mb:,.0f} MB on {device}, where all models together may take "
+                f"{budget:,.0f} MB",
+            )
         return Refused(
             "InsufficientMemory",
             f"needs {request.mb:,.0f} MB on {device}, where {max(0.0, ledger.free_mb(device)):,.0f} of "

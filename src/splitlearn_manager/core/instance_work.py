@@ -9,7 +9,7 @@ models are wanted or who makes room.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.core.clock import Clock, Executor
@@ -33,7 +33,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_UNLOADED: Mapping[str, str] = {
+    "MadeRoom": "another model needs the room; the next request brings it back",
+    "Idle": "nobody asked for it for keep_alive_s; the next request brings it back",
+    "Pruned": "no file declares it any more",
+    "Recreate": "its new version is loaded in its place",
+    "Replaced": "its new version serves",
+    "Requested": "the Python API asked for it",
+    "Shutdown": "the node stops",
+}
+
 _CLOSE_AGAIN_S = 1.0
+
+
+def why_unloaded(reason: str) -> str:
+    """Why an instance was unloaded and what comes next, for people; the reason itself if it is another's."""
+    return _UNLOADED.get(reason, reason)
 
 
 class InstanceWork:
@@ -113,7 +128,10 @@ class InstanceWork:
                     f"which does not fit on {instance.device}"
                 ) from None
         except OperationInProgress:
-            log_event(log, logging.WARNING, "LateLoadDiscarded", model=instance.model_id)
+            message = (
+                "a load that was given up has returned: its result is thrown away, its memory freed"
+            )
+            log_event(log, logging.WARNING, "LateLoadDiscarded", message, model=instance.model_id)
             self._discard(instance, running)
         except SplitlearnError as error:
             self._failed(instance, error)
@@ -137,12 +155,15 @@ class InstanceWork:
             instance,
             LoadTimeout(
                 f"model {instance.model_id!r} was not loaded within load_timeout_s = "
-                f"{instance.config.load_timeout_s:g} s; its memory stays charged until the loader returns"
+                f"{instance.config.load_timeout_s:g} s, and is given up; its memory stays charged until "
+                "the loader returns"
             ),
         )
 
     def _failed(self, instance: ManagedModel, error: SplitlearnError) -> None:
         if self._instances.fail(instance, error):
+            if (cause := error.__cause__) is not None:
+                log.debug("event=LoadRaised model=%s", instance.model_id, exc_info=cause)
             self.report(EventKind.LOAD_FAILED, instance, error.reason, error.message)
 
     def _discard(self, instance: ManagedModel, running: RunningModel | None) -> None:
@@ -173,6 +194,7 @@ class InstanceWork:
                 log.exception("event=CloseFailed model=%s", instance.model_id)
         following = self._instances.gone(instance)
         if was_ready:
-            self.report(EventKind.UNLOADED, instance, instance.unload_reason, "unloaded")
+            reason = instance.unload_reason
+            self.report(EventKind.UNLOADED, instance, reason, f"unloaded: {why_unloaded(reason)}")
         if following is not None:
             self.load(following)

@@ -26,7 +26,7 @@ from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.clock import Clock, Executor, SystemClock, ThreadExecutor
 from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.eviction import AdmissionRequest, Admitted, AwaitRoom, MakeRoom
-from splitlearn_manager.core.instance_work import InstanceWork
+from splitlearn_manager.core.instance_work import InstanceWork, why_unloaded
 from splitlearn_manager.core.instances import Instances, Successor
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.ledger import Ledger
@@ -176,7 +176,7 @@ class ModelManager:
         instance = self._instances.begin_unload(model_id, reason, key=key, only_if_idle=True)
         if instance is None:
             return False
-        self._work.report(EventKind.EVICTED, instance, reason, f"evicted: {reason}")
+        self._work.report(EventKind.EVICTED, instance, reason, f"evicted: {why_unloaded(reason)}")
         self._work.close_if_drained(instance)
         return True
 

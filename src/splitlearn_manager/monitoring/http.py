@@ -98,7 +98,8 @@ def answer(path: str, sources: Sources) -> Answer:
         model_id = unquote(path.removeprefix(_MODELS + "/"))
         model = sources.model(model_id)
         if model is None:
-            return _error(HTTPStatus.NOT_FOUND, f"no model is called {model_id!r}")
+            message = f"no model is called {model_id!r}; {_MODELS} lists all"
+            return _error(HTTPStatus.NOT_FOUND, message)
         return _json(HTTPStatus.OK, model)
     return _error(HTTPStatus.NOT_FOUND, f"nothing is at {path}; / lists what there is")
 
@@ -289,4 +290,7 @@ def _cannot_listen(host: str, port: int, error: OSError | OverflowError) -> str:
             f"metrics_port: port {port} on {host} is in use by another process; "
             "choose another metrics_port, or 0 for any free one"
         )
-    return f"metrics_port: cannot listen on port {port} of {host}: {error}"
+    why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if isinstance(error, socket.gaierror) or getattr(error, "errno", 0) == errno.EADDRNOTAVAIL:
+        return f"host: expected a name or address of this machine, got {host!r}: {why}"
+    return f"metrics_port: cannot listen on port {port} of {host}: {why}"

@@ -6,7 +6,7 @@ loads it says what their reason asks for. It proposes; nobody carries it out but
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.snapshot import InstanceView
@@ -27,7 +27,8 @@ _FIX = {
     "InvalidModel": "correct the files or the keys that describe them: the message says what does not fit",
     "CorruptCheckpoint": "copy the file again: it is cut off or damaged",
     "OverMemoryLimit": "raise max_memory_mb in its file, or use a smaller model",
-    "LoadFailed": "correct what the message says; the node's log has the whole traceback",
+    "LoadFailed": "correct what the message says; with `log_level: DEBUG` in server.yaml, which applies at "
+    "once, the next try logs the whole traceback",
     "WarmupFailed": "correct config.input_shape, or the model; `warmup: false` serves it untried",
     "OutOfMemory": "lower max_memory_percent or memory_quota_mb: the device had less than its budget",
     "HubUnreachable": "bring the network back, or cache the revision on this machine",
@@ -50,12 +51,17 @@ def for_failure(facts: Facts, reason: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def for_memory(facts: Facts, wanted: Wanted, others: Sequence[InstanceView]) -> tuple[str, ...]:
+def for_memory(
+    facts: Facts, wanted: Wanted, node: NodeFacts, others: Sequence[InstanceView]
+) -> tuple[str, ...]:
     """What would help a model that waits for memory."""
     holders = [v for v in others if v.device in wanted.devices]
     devices = " or ".join(wanted.devices) or "its device"
     quota = f"raise memory_quota_mb of {devices}, or max_memory_percent, in server.yaml: it applies at once"
-    return (*_room(facts, wanted, holders), quota, *_fewer(holders))
+    if too_large_for_any(wanted, node):
+        return (quota, "a smaller model, or its weights in a smaller dtype (`config.dtype`)")
+    free = {d.device: d.budget_mb - d.reserved_mb for d in node.devices}
+    return (*_room(facts, wanted, holders, free), quota, *_fewer(holders))
 
 
 def for_place(
@@ -76,8 +82,17 @@ def too_large_for_any(wanted: Wanted, node: NodeFacts) -> str:
     return f"it needs {wanted.mb:,.0f} MB, more than all models together may take: {have}"
 
 
-def _room(facts: Facts, wanted: Wanted, holders: Sequence[InstanceView]) -> Iterator[str]:
-    """What would let it displace one of those that are loaded."""
+def _room(
+    facts: Facts,
+    wanted: Wanted,
+    holders: Sequence[InstanceView],
+    free: Mapping[str, float] | None = None,
+) -> Iterator[str]:
+    """What would let it displace some of those that are loaded.
+
+    Args:
+        free: MB that are free, by device; None where a place is what it waits for, not memory.
+    """
     if hung := [v for v in holders if v.state is State.FAILED]:
         yield f"start the node anew: the loads of {_names(hung)} hang and keep their room"
     if facts.serving is not None:
@@ -92,6 +107,8 @@ def _room(facts: Facts, wanted: Wanted, holders: Sequence[InstanceView]) -> Iter
     mine = wanted.spec.config.priority
     higher = [v for v in declared if v not in pinned and v.spec.config.priority > mine]
     movable = [v for v in declared if v not in pinned and v not in higher]
+    if free is not None and not _is_enough(wanted, movable, free):
+        movable = []  # none of them goes where all of them together would not make room
     if idle := [v for v in movable if not v.leases]:
         yield f"a request for {facts.model_id}: then {_names(idle)} may make room, last used before it"
     if busy := [v for v in movable if v.leases]:
@@ -103,6 +120,15 @@ def _room(facts: Facts, wanted: Wanted, holders: Sequence[InstanceView]) -> Iter
         yield f"unpin what is needed less: {_names(pinned)}"
     if of_api:
         yield f"unload what was loaded through the Python API: {_names(of_api)}"
+
+
+def _is_enough(wanted: Wanted, movable: Sequence[InstanceView], free: Mapping[str, float]) -> bool:
+    """Whether it fits on a device once those are gone; devices of which nothing is known may do."""
+    return any(
+        free.get(device, wanted.mb) + sum(v.reserved_mb for v in movable if v.device == device)
+        >= wanted.mb
+        for device in wanted.devices
+    )
 
 
 def _fewer(holders: Sequence[InstanceView]) -> tuple[str, ...]:

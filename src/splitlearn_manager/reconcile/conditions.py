@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import NamedTuple
 
+from splitlearn_manager.reconcile.actions import PARKED
 from splitlearn_manager.reconcile.facts import Facts, Phase, Sync, phase_of, sync_of
 
 
@@ -59,6 +60,8 @@ _NEXT = {
     "OwnedByApi": "it is loaded from its file once that one is unloaded",
     "DeviceNotFound": "it waits until its file names another device",
 }
+# What these wait for others hold: who they are and what would free it is told by `explain`.
+_EXPLAINED = frozenset({"InsufficientMemory", "MaxModels"})
 _STATUS_OF_SYNC = {Sync.SYNCED: "True", Sync.OUT_OF_SYNC: "False", Sync.UNKNOWN: "Unknown"}
 _AWAITS_CHANGE = "it is not tried again before its file or its weights change"
 
@@ -135,7 +138,7 @@ def what_comes_next(facts: Facts, moment: Moment) -> str:
     """What happens next by itself, or what it takes; empty where that goes without saying."""
     waiting = facts.waiting
     if facts.failure is None:
-        return _NEXT.get(waiting.reason, "") if waiting is not None else ""
+        return _next_of_waiting(facts.model_id, waiting.reason) if waiting is not None else ""
     if facts.loading is not None:
         return ""
     if facts.suspended:
@@ -143,12 +146,17 @@ def what_comes_next(facts: Facts, moment: Moment) -> str:
     if (retry_s := next_retry_s(facts)) is not None:
         return f"it is tried again at {moment.clock(retry_s)}"
     if facts.wanted is not None and not facts.wanted.weights_ready:
-        return "it is loaded as soon as they are there"
+        return "it is loaded as soon as its files are there and can be read"
     if facts.hung is not None:
         return "it is not tried again before that loader returns or the node is started anew"
     if waiting is not None and waiting.failed:
         return _AWAITS_CHANGE
     return "it is tried again when its turn comes"
+
+
+def _next_of_waiting(model_id: str, reason: str) -> str:
+    help_is_at = f"`explain {model_id}` says what would help" if reason in _EXPLAINED else ""
+    return _sentence(_NEXT.get(reason, ""), help_is_at)
 
 
 def _status_of_doubt(facts: Facts, doubt: str | None) -> str:
@@ -201,7 +209,7 @@ def doubt_in_words(facts: Facts, reason: str) -> tuple[str, str]:
         )
     if reason == "Suspended":
         return (
-            "suspended: edits of its file and its removal wait",
+            "it is suspended: edits of its file and its removal wait",
             f"`resume {facts.model_id}` ends that",
         )
     if reason == "Conflict":
@@ -232,6 +240,8 @@ def _synced(facts: Facts, moment: Moment) -> tuple[str, str]:
     serves = f"generation {observed} serves" if observed is not None else "nothing serves"
     if doubt == "PruneGuard":
         return (doubt, f"no file declares it, and it is kept; {serves}")
+    if doubt == "Suspended":
+        return (doubt, f"its file is not followed while it is suspended; {serves}")
     return (doubt, f"what is declared cannot be told, see Accepted; {serves}")
 
 
@@ -289,7 +299,7 @@ def _phase_in_words(facts: Facts, phase: Phase, moment: Moment) -> str:
         next_step = "" if phase is Phase.EVICTED else "; then it is loaded anew"
         return f"{draining_in_words(facts)}{next_step}"
     if phase is Phase.EVICTED:
-        return "made room for others; the next request brings it back"
+        return PARKED
     return "it is loaded next"
 
 

@@ -99,7 +99,8 @@ def _declared(case: Case, wanted: Wanted) -> Explanation:
         return _updating(case, wanted)
     if case.phase is Phase.LOADING:
         return loading(case, wanted)
-    if case.phase is Phase.EVICTED:
+    waiting = case.facts.waiting
+    if case.phase is Phase.EVICTED and (waiting is None or waiting.reason == "Evicted"):
         return evicted(case, wanted)
     if case.phase is Phase.FAILED:
         return failed(case)
@@ -235,7 +236,14 @@ def _with_doubt(case: Case, found: Explanation) -> Explanation:
         waits_for = end
     would_help = (todo, *found.would_help) if todo else found.would_help
     if reason == "PruneGuard" and guard is not None:
-        command = f"`apply {case.node.info.directory} --confirm-prune {guard.digest}`"
+        what = (
+            f"no file declares it, but {len(guard.model_ids)} of {guard.managed} models would be "
+            "unloaded at once"
+        )
+        command = (
+            f"`splitlearn-manager reconcile apply {case.node.info.directory} "
+            f"--confirm-prune {guard.digest}`"
+        )
         would_help = (*would_help, f"to let it go, with all that went with it: {command}")
     return replace(
         found,

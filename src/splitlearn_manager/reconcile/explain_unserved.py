@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.reconcile import advice
-from splitlearn_manager.reconcile.actions import Waiting, Wanted
+from splitlearn_manager.reconcile.actions import TURN_S, Waiting, Wanted
 from splitlearn_manager.reconcile.backoff import Attempt
 from splitlearn_manager.reconcile.conditions import draining_in_words, next_retry_s, what_comes_next
 from splitlearn_manager.reconcile.explanation import (
@@ -101,7 +101,7 @@ def failed(case: Case) -> Explanation:
     attempt, retry_s = facts.failed_attempt, next_retry_s(facts)
     because = (f"{reason}: {message}", hung_in_words(facts))
     if reason == "RateLimited":
-        return _rate_limited(case, message, attempt, retry_s)
+        return _rate_limited(case, reason, message, attempt, retry_s)
     would_help = advice.for_failure(facts, reason)
     if attempt is None or facts.waiting is None or not facts.waiting.failed:
         headline = "cannot be loaded" if attempt is None else f"could not be loaded{times(attempt)}"
@@ -138,8 +138,11 @@ def pending(case: Case, wanted: Wanted) -> Explanation:
     if facts.waiting is None:
         return case.says("is loaded next", origin(facts), hung_in_words(facts))
     waits_for, would_help, because = wait_in_words(case, wanted, facts.waiting)
+    headline = _HEADLINES.get(facts.waiting.reason, f"waits ({facts.waiting.reason})")
+    if facts.waiting.reason == "InsufficientMemory" and advice.too_large_for_any(wanted, case.node):
+        headline = "is too large for this node as it is set up"
     return case.says(
-        _HEADLINES.get(facts.waiting.reason, f"waits ({facts.waiting.reason})"),
+        headline,
         *because,
         hung_in_words(facts),
         waits_for=waits_for,
@@ -156,7 +159,8 @@ def wait_in_words(
         too_large = advice.too_large_for_any(wanted, case.node)
         where = " or ".join(wanted.devices)
         waits_for = "a larger budget" if too_large else f"{wanted.mb:,.0f} MB on {where}"
-        return waits_for, advice.for_memory(facts, wanted, case.others), (too_large, *because)
+        helps = advice.for_memory(facts, wanted, case.node, case.others)
+        return waits_for, helps, (too_large,) if too_large else because
     if reason == "MaxModels":
         return (
             "a place under max_models",
@@ -169,7 +173,7 @@ def wait_in_words(
         under_way = sorted(v.model_id for v in case.others if v.state is State.LOADING)
         named = ", ".join(under_way[:_LOADS_NAMED])
         return (
-            "a load that is under way to end",
+            f"a load that is under way to end, or to take longer than {TURN_S:g} s",
             ("a higher priority in its file", "raise max_parallel_loads in server.yaml"),
             (*because, f"being loaded at this moment: {named}" if named else ""),
         )
@@ -182,11 +186,12 @@ def wait_in_words(
 
 
 def _rate_limited(
-    case: Case, message: str, attempt: Attempt | None, retry_s: float | None
+    case: Case, reason: str, message: str, attempt: Attempt | None, retry_s: float | None
 ) -> Explanation:
     at = f" before {case.moment.clock(retry_s)}" if retry_s is not None else " for a while"
     last = f"its last load: {attempt.reason}: {attempt.message}" if attempt is not None else ""
-    fixes = advice.for_failure(case.facts, attempt.reason) if attempt is not None else ()
+    failed_before = attempt or case.facts.attempt
+    fixes = advice.for_failure(case.facts, failed_before.reason if failed_before else reason)
     return case.says(
         f"failed too often and is not tried{at}, whoever asks for it",
         message,
@@ -218,12 +223,16 @@ def _given_up(
             waits_for=_CHANGE,
             would_help=would_help,
         )
+    asked = case.facts.wanted is not None and case.facts.wanted.spec.config.update == "recreate"
+    why = "its file asks for `update: recreate`" if asked else "there is no room for two versions"
+    other = "`update: auto` or `surge` in its file, with" if asked else ""
     return case.says(
         f"could not be loaded{times(attempt)}, and is not tried again by itself",
         *because,
-        "there is no room for two versions: each try of the update is an outage"
-        if case.facts.serving is not None
-        else "",
+        f"{why}: each try of the update is an outage" if case.facts.serving is not None else "",
         waits_for=_CHANGE,
-        would_help=(*would_help, "room for both versions: then a try costs nothing"),
+        would_help=(
+            *would_help,
+            f"{other} room for both versions: then a try costs nothing".strip(),
+        ),
     )

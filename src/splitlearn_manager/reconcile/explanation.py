@@ -84,7 +84,8 @@ def origin(facts: Facts) -> str:
 def requests(facts: Facts) -> str:
     answered = sum(v.requests for v in facts.views)
     running = sum(v.leases for v in facts.views)
-    return f"{answered:,} requests answered, {running:,} running" if answered or running else ""
+    requests_ = "1 request" if answered == 1 else f"{answered:,} requests"
+    return f"{requests_} answered, {running:,} running" if answered or running else ""
 
 
 def keep_alive(facts: Facts, moment: Moment) -> str:

@@ -15,6 +15,7 @@ from splitlearn_manager.config.yaml_source import Problem
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.desired.state import SourceRef
+from splitlearn_manager.errors import LoadTimeout
 from splitlearn_manager.reconcile.actions import Waiting, Wanted
 from splitlearn_manager.reconcile.backoff import Attempt
 
@@ -118,8 +119,24 @@ class Facts:
 
     @property
     def hung(self) -> InstanceView | None:
-        """A load that was given up and whose loader has not come back: its memory stays charged."""
-        return _in_state(self.views, State.FAILED)
+        """A load that was given up and whose loader has not come back: its memory stays charged.
+
+        Not one that has just failed, and gives its memory back at this moment.
+        """
+        attempt = self.attempt
+        return next(
+            (
+                v
+                for v in self.views
+                if v.state is State.FAILED
+                and not (
+                    attempt is not None
+                    and attempt.concerns(v.spec)
+                    and attempt.reason != LoadTimeout.__name__
+                )
+            ),
+            None,
+        )
 
     @property
     def failed_attempt(self) -> Attempt | None:

@@ -48,10 +48,7 @@ def _watching(node: NodeFacts) -> Row:
 def _state_kept(node: NodeFacts) -> Row:
     kind = "StateKept"
     if node.state_problem:
-        text = (
-            f"{node.state_problem}; serving goes on and writing is tried again; until it succeeds a "
-            "restart knows no newer last good specs"
-        )
+        text = f"{node.state_problem}; until that is over a restart knows no newer last good specs"
         return Row(kind, "False", "StateNotKept", text)
     if not node.info.state_dir:
         return Row(kind, "Unknown", "NoStateDir", "nothing is kept over a restart")

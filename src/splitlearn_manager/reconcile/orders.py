@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 
 from splitlearn_manager.desired.state import DesiredState, PruneGuard
 from splitlearn_manager.errors import ModelNotFound, SplitlearnError
-from splitlearn_manager.reconcile.backoff import Attempt
+from splitlearn_manager.reconcile.backoff import MOST_FAILURES, WINDOW_S, Attempt
 
 _NAMED = 5
 
@@ -53,7 +53,7 @@ class Orders:
         with self._lock:
             self._generation(model_id)
             if model_id not in self.suspended:
-                return f"{model_id} is not suspended"
+                return f"{model_id} is not suspended: its files count already"
             self.suspended -= {model_id}
         return f"{model_id} is resumed: its files count again"
 
@@ -67,11 +67,19 @@ class Orders:
         with self._lock:
             self._generation(model_id)
             if attempt is None:
-                return f"{model_id} has no failed load to try again"
+                return f"{model_id} has no failed load to try again; `explain {model_id}` says how it stands"
             self._retries.add(model_id)
-        when = "at once" if limited_s is None else f"in {limited_s:.0f} s (it failed too often)"
+        if limited_s is not None:
+            return (
+                f"{model_id} is tried again in {limited_s:.0f} s and not sooner: {MOST_FAILURES} loads of "
+                f"it failed within {WINDOW_S:g} s; the last one: {attempt.reason}"
+            )
         times = "once" if attempt.failures == 1 else f"{attempt.failures} times"
-        return f"{model_id} is tried again {when}; it failed {times} so far ({attempt.reason})"
+        known = "; such a failure ends only by a change of its file or its weights"
+        return (
+            f"{model_id} is tried again at once; it failed {times} so far ({attempt.reason})"
+            f"{known if attempt.retry_at_s is None else ''}"
+        )
 
     def confirm_prune(self, digest: str) -> str:
         """Lets the models go that the prune guard with that digest holds.
@@ -83,17 +91,20 @@ class Orders:
             guard = self._desired.prune_guard
             if guard is None:
                 raise SplitlearnError(
-                    "there is nothing to confirm: no models wait to be unloaded",
+                    "there is nothing to confirm: the prune guard holds no models",
                     reason="NothingToConfirm",
                 )
             if guard.digest != digest:
                 raise SplitlearnError(
                     f"{digest!r} is not the digest of what would be unloaded now, which is "
-                    f"{guard.digest}: {_named(guard.model_ids)}",
+                    f"{guard.digest}: {_named(guard.model_ids)}; none of them is unloaded before that "
+                    "one is confirmed",
                     reason="DigestMismatch",
                 )
             self.confirmed_prune = digest
-        return f"{len(guard.model_ids)} models are unloaded: {_named(guard.model_ids)}"
+        count = len(guard.model_ids)
+        models = "1 model is" if count == 1 else f"{count} models are"
+        return f"{models} unloaded: {_named(guard.model_ids)}"
 
     # For the loop.
 

@@ -16,7 +16,8 @@ How it decides, model by model, those of higher priority first:
 - served, owned by the directory and no longer declared: `unload`.
 
 Order: adjustments, updates, loads that fit now, both for models that failed before after those for
-others, unloads, evictions with the loads that wait for them.
+others, unloads, evictions with the loads that wait for them. Where there is not room for all loads of one
+priority, it goes to the one that was asked for last, as others are evicted for it.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from splitlearn_manager.core.eviction import (
 )
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.snapshot import InstanceView, residents
+from splitlearn_manager.errors import LoadTimeout
 from splitlearn_manager.reconcile.actions import (
     PARKED,
     Action,
@@ -86,11 +88,16 @@ class _Planner:
                 unloads.append(action)
             elif action is not None:
                 starts.append(action)
-        for wanted in sorted(to_load, key=self._has_failed):
+        loads: dict[str, Action] = {}
+        for wanted in sorted(to_load, key=self._claim_to_room):
             for action in self._load(wanted):
-                (waiting_loads if action.after or action.verb is Verb.EVICT else starts).append(
-                    action
-                )
+                if action.after or action.verb is Verb.EVICT:
+                    waiting_loads.append(action)
+                else:
+                    loads[action.model_id] = action
+        starts += [
+            loads[wanted.spec.model_id] for wanted in to_load if wanted.spec.model_id in loads
+        ]
         starts.sort(key=self._is_repetition)
         actions = (*adjusts, *starts, *unloads, *waiting_loads)
         return Plan(
@@ -99,9 +106,13 @@ class _Planner:
             forecast(self._observed.snapshot.ledger, actions, self._observed.max_parallel_loads),
         )
 
-    def _has_failed(self, wanted: Wanted) -> bool:
-        attempt = self._observed.attempts.get(wanted.spec.model_id)
-        return attempt is not None and attempt.concerns(wanted.spec)
+    def _claim_to_room(self, wanted: Wanted) -> tuple[bool, int, float]:
+        """Who gets room first: what others left for the latest demand is not for an earlier one."""
+        spec = wanted.spec
+        attempt = self._observed.attempts.get(spec.model_id)
+        has_failed = attempt is not None and attempt.concerns(spec)
+        priority = self._desired[spec.model_id].spec.config.priority
+        return (has_failed, -priority, -wanted.demanded_s)
 
     def _is_repetition(self, action: Action) -> bool:
         """Whether it does what failed before: that comes last, so that it delays nothing else."""
@@ -262,7 +273,11 @@ class _Planner:
         if any(v.state is State.FAILED and attempt.concerns(v.spec) for v in views):
             # Given up, and its loader has not come back: another one would hang beside it, and
             # each of them holds a place until it returns.
-            return _after_failure(model_id, attempt, None)
+            hangs = attempt.reason == LoadTimeout.__name__
+            due_s = (
+                attempt.retry_at_s if attempt.blocks(wanted.spec, self._observed.now_s) else None
+            )
+            return _after_failure(model_id, attempt, None if hangs else due_s)
         if attempt.blocks(wanted.spec, self._observed.now_s):
             return _after_failure(model_id, attempt, attempt.retry_at_s)
         return None

@@ -55,8 +55,8 @@ __all__ = [
     "sync_of",
 ]
 
-# Why a model waits, where people should read of it among the events; other reasons pass by themselves.
-_WORTH_AN_EVENT = frozenset(
+# Why a model waits, where people should read of it (events, log); other reasons pass by themselves.
+WAITS_FOR_PEOPLE = frozenset(
     {
         "DeviceNotFound",
         "InsufficientMemory",
@@ -174,7 +174,9 @@ class StatusBook:
             self.record(facts.model_id, "Suspended" if facts.suspended else "Resumed", told)
         reason = facts.why[0] if facts.why is not None else ""
         known = before.facts.why if before is not None else None
-        if reason in _WORTH_AN_EVENT and (known is None or known[0] != reason):
+        attempt = facts.failed_attempt
+        is_told = attempt is not None and attempt.reason == reason  # when the load failed
+        if reason in WAITS_FOR_PEOPLE and not is_told and (known is None or known[0] != reason):
             self.record(facts.model_id, reason, situation(facts, moment))
 
     # Asked by anybody.
@@ -188,6 +190,14 @@ class StatusBook:
     def phases(self) -> Mapping[str, Phase]:
         """The phase of each model; another object whenever `revision` is another."""
         return self._board.phases
+
+    def in_short(self, model_id: str) -> str:
+        """A model's phase, with the reason where that says more: `Failed (LoadFailed)`."""
+        board = self._board
+        phase = str(board.phases.get(model_id, Phase.PENDING))
+        entry = board.entries.get(model_id)
+        why = entry.facts.why if entry is not None else None
+        return f"{phase} ({why[0]})" if why is not None and why[0] != phase else phase
 
     @property
     def entries(self) -> Mapping[str, Entry]:

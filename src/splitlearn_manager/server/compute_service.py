@@ -145,7 +145,7 @@ class ManagedBackend:
             if phases.get(model_id) in _WAKES_ON_REQUEST or self._awaited[model_id]:
                 return model_id
         if known:
-            states = ", ".join(f"{m} is {phases.get(m, 'Pending')}" for m in known)
+            states = ", ".join(f"{m} is {self._reconciler.status.in_short(m)}" for m in known)
             raise ModelUnavailable(f"not ready: {states}; try again")
         if not name:
             raise ModelUnavailable("no model is READY; try again")

@@ -34,20 +34,23 @@ class LiveSettings:
             return
         before, self._current = self._current, config
         changed = [k for k in ServerConfig.model_fields if getattr(before, k) != getattr(config, k)]
-        for key in sorted(LIVE_KEYS.intersection(changed)):
+        # The strategy may be refused.
+        for key in sorted(LIVE_KEYS.intersection(changed) - {"routing"}):
             log_event(log, logging.INFO, "SettingChanged", key=key, value=getattr(config, key))
-        self._apply_live(config)
+        if self._apply_live(config) and "routing" in changed:
+            log_event(log, logging.INFO, "SettingChanged", key="routing", value=config.routing)
         waiting = tuple(
             key
             for key in ServerConfig.model_fields
             if key not in LIVE_KEYS and getattr(config, key) != getattr(self._started_with, key)
         )
         if waiting != self.restart_required and waiting:
-            message = "these keys apply at the next start"
+            message = "these keys apply at the next start; until then the old values hold"
             log_event(log, logging.WARNING, "RestartRequired", message, keys=",".join(waiting))
         self.restart_required = waiting
 
-    def _apply_live(self, config: ServerConfig) -> None:
+    def _apply_live(self, config: ServerConfig) -> bool:
+        """Applies all that can be; whether the routing strategy could."""
         server = self._server
         logging.getLogger("splitlearn_manager").setLevel(config.log_level)
         server.resource_manager.configure(config.max_memory_percent, config.memory_quota_mb)
@@ -60,5 +63,9 @@ class LiveSettings:
         try:
             server.router.set_strategy(config.routing)
         except ConfigError as error:
-            message = f"{error.message}; {server.router.strategy} stays in use"
+            message = (
+                f"{error.message}; {server.router.strategy} stays in use; correct it in server.yaml"
+            )
             log_event(log, logging.ERROR, "SettingRefused", message, key="routing")
+            return False
+        return True

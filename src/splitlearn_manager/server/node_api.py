@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import difflib
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import PurePath
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
+from splitlearn_manager.desired.scanner import SERVER_FILE
 from splitlearn_manager.errors import ModelNotFound, SplitlearnError
 from splitlearn_manager.reconcile.observation import Observation, to_json
 from splitlearn_manager.server.control import Answer, Question
@@ -218,13 +220,14 @@ class _NodeApi:
         return message
 
     def _not_found(self, model_id: str) -> ModelNotFound:
-        conflicts = self._book.node().get("conflicts")
+        node = self._book.node()
+        conflicts = node.get("conflicts")
         if isinstance(conflicts, dict) and model_id in conflicts:
             places = " and ".join(conflicts[model_id])
             return ModelNotFound(
                 f"no declaration of {model_id!r} has been accepted: it is declared in {places}; keep one"
             )
-        return ModelNotFound(not_found(model_id, self._book.phases))
+        return ModelNotFound(not_found(model_id, self._book.phases, _not_accepted(model_id, node)))
 
 
 def _brief(model: dict[str, object]) -> dict[str, object]:
@@ -233,13 +236,27 @@ def _brief(model: dict[str, object]) -> dict[str, object]:
     return {**{k: v for k, v in model.items() if k != "events"}, "conditions": left}
 
 
-def not_found(model_id: str, known: Mapping[str, object]) -> str:
-    """That there is no such model, and which one may be meant."""
+def _not_accepted(model_id: str, node: Mapping[str, object]) -> tuple[str, ...]:
+    """The files that may declare the model and are not accepted; one of its name first."""
+    problems = node.get("problems")
+    files = {str(p["file"]) for p in problems} if isinstance(problems, list) else set()
+    return tuple(sorted(files - {SERVER_FILE}, key=lambda f: (PurePath(f).stem != model_id, f)))
+
+
+def not_found(model_id: str, known: Mapping[str, object], not_accepted: Sequence[str] = ()) -> str:
+    """That there is no such model, and which one may be meant, or where it may be declared."""
     message = f"the node has no model {model_id!r}"
+    if not_accepted and PurePath(not_accepted[0]).stem == model_id:
+        return f"{message}: {not_accepted[0]} is not accepted, `status` says why"
     if similar := difflib.get_close_matches(model_id, known, n=1):
         return f"{message}: did you mean {similar[0]!r}?"
     if not known:
         return f"{message}; it has none at all"
     some = sorted(known)[:6]
     more = len(known) - len(some)
-    return f"{message}; it has {', '.join(some)}" + (f" and {more} more" if more else "")
+    has = f"{message}; it has {', '.join(some)}" + (f" and {more} more" if more else "")
+    if not not_accepted:
+        return has
+    others = len(not_accepted) - 1
+    files = not_accepted[0] + (f" and {others} more" if others else "")
+    return f"{has}; it may be declared in a file that is not accepted ({files}): `status` says why"

@@ -81,7 +81,7 @@ class Presence:
         if problem and problem != self._said:
             message = (
                 f"{problem}: the command line cannot reach this node, or another one may be started "
-                "beside it; serving goes on"
+                "beside it; serving goes on; let state_dir name a directory that can be written"
             )
             log_event(log, logging.WARNING, "NotReachable", message)
         self._said = problem

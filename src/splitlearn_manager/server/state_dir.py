@@ -85,7 +85,7 @@ class Claim:
             file.close()
             raise ServerError(
                 f"another node (process {holder}) serves {self._directory} already, or has the state "
-                f"directory {self._path.parent}"
+                f"directory {self._path.parent}; stop that one, or serve another directory"
             ) from None
         except OSError as error:
             file.close()

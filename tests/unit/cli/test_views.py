@@ -188,14 +188,30 @@ def test_all_that_is_wrong_with_the_node_is_said() -> None:
     lines = shown(node_lines({"node": about, "loop_alive": False}, DIRECTORY, NOW, WIDE))
     assert "  changes   seen by inotify; not settled at the moment" in lines
     assert [line for line in lines if line.startswith("✗")] == [
-        "✗ the loop has not ended a turn for long; what is above may be outdated",
+        "✗ the loop has not ended a turn for long: what is above may be outdated; see its log",
         "✗ SourceUnavailable: /srv/models is away",
         "✗ Polling: no inotify watches are left",
         "✗ StateNotKept: the disk is full",
         "✗ SettingsChanged: server.yaml has a new port",
-        "✗ a.yaml:3  is empty",
+        "✗ a.yaml:3  is empty   (left out until it is corrected)",
         "✗ prune guard: no file declares 2 of 3 models any more. All of them stay until you confirm "
         "that they are to go:",
+    ]
+
+
+def test_each_problem_says_what_happens_meanwhile() -> None:
+    problems = [
+        {"file": file, "line": 3, "column": None, "key": None, "message": "is empty"}
+        for file in ("bert.yaml", "new.yaml", "server.yaml")
+    ]
+    held = model("bert", held="bert.yaml is invalid", generation=4)
+    lines = shown(
+        node_lines({"node": node(problems=problems), "models": [held]}, DIRECTORY, NOW, WIDE)
+    )
+    assert [line for line in lines if line.startswith("✗")] == [
+        "✗ bert.yaml:3  is empty   (bert: generation 4 stays)",
+        "✗ new.yaml:3  is empty   (left out until it is corrected)",
+        "✗ server.yaml:3  is empty   (the settings in force stay)",
     ]
 
 

@@ -157,3 +157,18 @@ def test_apply_is_an_error_while_the_directory_is_away_and_a_wait_goes_on() -> N
     verdict = judge(Goal.SYNCED, report)
     assert verdict.outcome is Outcome.WAITING
     assert verdict.because == ("bert: /srv/models does not exist",)
+
+
+def test_what_serves_while_a_newer_generation_is_waited_for_is_told() -> None:
+    """Seen: `not ready …: bert: it is Ready`."""
+    waits = model("bert", **{**UPDATE_FAILED, "failed_for_good": False})
+    verdict = judge(Goal.READY, Report(node(), [waits], ("bert",)))
+    assert verdict.outcome is Outcome.WAITING
+    assert verdict.because == ("bert: generation 1 serves (InvalidModel: no model)",)
+
+
+def test_a_suspended_model_is_told_with_the_command_that_lets_it_go_on() -> None:
+    verdict = judge(
+        Goal.READY, Report(node(), [model("bert", **LOADING, suspended=True)], ("bert",))
+    )
+    assert verdict.because == ("bert: it is suspended; `resume bert` lets it go on",)

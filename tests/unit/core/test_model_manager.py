@@ -131,6 +131,21 @@ def test_whatever_a_loader_raises_ends_only_that_load(real: Real, error: BaseExc
     assert list(real.manager.table.by_model) == ["b"]
 
 
+def test_what_the_users_code_raised_is_logged_whole_at_debug_only(
+    real: Real, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`explain` promises the traceback to those who ask for it."""
+    failure = broken()
+    failure.__cause__ = ValueError("no such thing as 7 heads")
+    real.runtime.failures["a"] = failure
+    for level, shown in (("INFO", False), ("DEBUG", True)):
+        caplog.clear()
+        caplog.set_level(level, "splitlearn_manager")
+        with pytest.raises(LoadError):
+            real.manager.load_model(model("a"))
+        assert ("ValueError: no such thing as 7 heads" in caplog.text) is shown
+
+
 def test_a_second_load_of_an_id_is_refused(real: Real) -> None:
     real.manager.load_model(model("a"))
     with pytest.raises(OperationInProgress) as raised:

@@ -119,7 +119,7 @@ def test_the_limit_on_failures_is_told_with_its_end() -> None:
     assert shown is not None
     assert (shown["phase"], shown["reason"]) == ("Failed", "RateLimited")
     assert isinstance(shown["next_retry_at"], float)
-    assert "failed too often" in lab.loop.retry("a")
+    assert "not sooner: 10 loads of it failed within 60 s" in lab.loop.retry("a")
 
 
 def test_many_models_go_only_when_that_is_confirmed() -> None:

@@ -41,18 +41,20 @@ def _both(reason: str, message: str) -> list[tuple[str, str, str, str]]:
 CONDITIONS = {
     "comes next": _both("Pending", "it is loaded next"),
     "waits for memory": _both(
-        "InsufficientMemory", "needs 10 MB on cpu; it is loaded as soon as there is room"
+        "InsufficientMemory",
+        "needs 10 MB on cpu; it is loaded as soon as there is room; `explain m` says what would help",
     ),
     "waits for a place": _both(
         "MaxModels",
         "max_models is 2 and none of the loaded models may be evicted; it is loaded as soon as "
-        "there is a place",
+        "there is a place; `explain m` says what would help",
     ),
     "waits for its turn": _both(
         "AwaitingTurn", "2 models may be loaded at a time; it is loaded when its turn comes"
     ),
     "its files are missing": _both(
-        "WeightsNotFound", "nothing is at /models/m.pt; it is loaded as soon as they are there"
+        "WeightsNotFound",
+        "nothing is at /models/m.pt; it is loaded as soon as its files are there and can be read",
     ),
     "loads": _both("Loading", "generation 2 is being loaded on cpu since 11:59:58"),
     "serves": [_ACCEPTED, _SYNCED, _READY, _WARMED],
@@ -195,14 +197,14 @@ CONDITIONS = {
             "Accepted",
             "Unknown",
             "Suspended",
-            "suspended: edits of its file and its removal wait; generation 2 goes on serving; "
+            "it is suspended: edits of its file and its removal wait; generation 2 goes on serving; "
             "`resume m` ends that",
         ),
         (
             "Synced",
             "Unknown",
             "Suspended",
-            "what is declared cannot be told, see Accepted; generation 2 serves",
+            "its file is not followed while it is suspended; generation 2 serves",
         ),
         _READY,
         (

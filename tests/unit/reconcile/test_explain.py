@@ -32,6 +32,11 @@ from support.status_lab import (
     wanted,
 )
 
+TRACEBACK = (
+    "correct what the message says; with `log_level: DEBUG` in server.yaml, which applies at once, the "
+    "next try logs the whole traceback"
+)
+
 
 def of(
     facts: Facts | str, others: Sequence[InstanceView] = (), events: Sequence[Event] = ()
@@ -74,7 +79,12 @@ def test_pending_for_more_memory_than_there_is_says_that_waiting_does_not_help()
     assert found.because[0] == (
         "it needs 2,000 MB, more than all models together may take: 1,000 MB on cpu"
     )
+    assert found.headline == "m is too large for this node as it is set up"
     assert found.waits_for == "a larger budget"
+    assert found.would_help == (
+        "raise memory_quota_mb of cpu, or max_memory_percent, in server.yaml: it applies at once",
+        "a smaller model, or its weights in a smaller dtype (`config.dtype`)",
+    )
 
 
 def test_pending_where_one_of_two_devices_would_do_is_no_matter_of_the_budget() -> None:
@@ -88,6 +98,14 @@ def test_pending_for_memory_that_a_hung_load_holds_says_so() -> None:
     assert found.would_help[0] == (
         "start the node anew: the loads of hangs (900 MB) hang and keep their room"
     )
+
+
+def test_pending_for_more_than_all_idle_ones_hold_does_not_propose_that_they_go() -> None:
+    """Seen: `a request for m: then idle (0 MB) may make room`, which it would not."""
+    facts = replace(NOTHING, wanted=wanted(mb=800.0), waiting=NO_ROOM)
+    found = of(facts, [other("idle", mb=100), other("fixed", mb=800, pinned=True)])
+    assert found.would_help[0] == "unpin what is needed less: fixed (800 MB)"
+    assert not [help for help in found.would_help if "idle" in help]
 
 
 def test_pending_for_max_models() -> None:
@@ -118,7 +136,7 @@ def test_waiting_for_a_turn_names_what_is_loaded_meanwhile() -> None:
         "2 models may be loaded at a time",
         "being loaded at this moment: a, b",
     )
-    assert found.waits_for == "a load that is under way to end"
+    assert found.waits_for == "a load that is under way to end, or to take longer than 30 s"
     assert found.would_help == (
         "a higher priority in its file",
         "raise max_parallel_loads in server.yaml",
@@ -210,6 +228,14 @@ def test_evicted_when_idle_names_its_endpoint_too() -> None:
 # Failed.
 
 
+def test_evicted_and_asked_for_tells_what_it_waits_for_now() -> None:
+    """Seen: `waits for a request for m`, after a request had come and found no place."""
+    found = of(replace(NOTHING, parked=True, waiting=NO_PLACE), [other("a", pinned=True)])
+    assert found.phase == "Evicted"
+    assert found.headline == "m waits for a place: max_models are loaded"
+    assert found.waits_for == "a place under max_models"
+
+
 def test_failed_and_retrying_tells_tries_and_the_next_one() -> None:
     found = of("failed and is tried again")
     assert found.headline == "m could not be loaded in 3 tries; it is tried again at 12:00:09"
@@ -219,7 +245,7 @@ def test_failed_and_retrying_tells_tries_and_the_next_one() -> None:
     )
     assert found.waits_for == "the next try at 12:00:09, or a change of its file or its weights"
     assert found.would_help == (
-        "correct what the message says; the node's log has the whole traceback",
+        TRACEBACK,
         "`retry m` tries it at once",
     )
 
@@ -259,9 +285,14 @@ def test_rate_limited_does_not_propose_another_try() -> None:
         "its last load: LoadFailed: it is broken",
     )
     assert found.waits_for == "the limit on failed loads"
-    assert found.would_help == (
-        "correct what the message says; the node's log has the whole traceback",
-    )
+    assert found.would_help == (TRACEBACK,)
+
+
+def test_rate_limited_in_an_older_version_says_what_to_correct_too() -> None:
+    facts = SITUATIONS["failed too often"]
+    attempt = replace(facts.attempt, spec=OLD) if facts.attempt is not None else None
+    found = of(replace(facts, attempt=attempt))
+    assert found.would_help == (TRACEBACK,)
 
 
 def test_a_load_that_hangs() -> None:
@@ -338,14 +369,16 @@ def test_the_prune_guard_gives_both_ways_out() -> None:
     assert found.waits_for == "a confirmation, or its file"
     assert found.would_help == (
         "to keep it, put its file back",
-        "to let it go, with all that went with it: `apply /desired --confirm-prune 3f1c0a9be2d4`",
+        "to let it go, with all that went with it: `splitlearn-manager reconcile apply /desired "
+        "--confirm-prune 3f1c0a9be2d4`",
     )
+    assert found.because[0] == ("no file declares it, but 3 of 4 models would be unloaded at once")
 
 
 def test_suspended() -> None:
     found = of("serves while it is suspended")
     assert found.headline == "m goes on serving generation 2: it is suspended"
-    assert found.because[0] == "suspended: edits of its file and its removal wait"
+    assert found.because[0] == "it is suspended: edits of its file and its removal wait"
     assert (found.waits_for, found.would_help) == ("`resume`", ("`resume m` ends that",))
 
 
@@ -450,6 +483,22 @@ def test_an_update_that_would_be_an_outage_is_not_tried_again_by_itself() -> Non
         "there is no room for two versions: each try of the update is an outage",
     )
     assert found.would_help[-1] == "room for both versions: then a try costs nothing"
+
+
+def test_a_failed_update_by_recreate_is_not_blamed_on_room() -> None:
+    spec = ModelSpec.of(model("m", trusted=True, update="recreate"), weights="w0", generation=2)
+    facts = replace(
+        SITUATIONS["serves the old version and is not tried again"],
+        wanted=wanted(spec),
+        attempt=replace(ATTEMPT, spec=spec),
+    )
+    found = of(facts)
+    assert (
+        "its file asks for `update: recreate`: each try of the update is an outage" in found.because
+    )
+    assert found.would_help[-1] == (
+        "`update: auto` or `surge` in its file, with room for both versions: then a try costs nothing"
+    )
 
 
 def test_going_back_after_a_failed_update() -> None:

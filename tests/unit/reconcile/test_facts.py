@@ -8,7 +8,7 @@ import pytest
 
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.reconcile.status import Health, Phase, Sync, health_of, phase_of, sync_of
-from support.status_lab import NOTHING, OLD, SITUATIONS, view, wanted
+from support.status_lab import ATTEMPT, NOTHING, OLD, SITUATIONS, view, wanted
 
 _WAITS = (Phase.PENDING, Sync.OUT_OF_SYNC, Health.MISSING)
 _FAILED = (Phase.FAILED, Sync.OUT_OF_SYNC, Health.DEGRADED)
@@ -112,3 +112,14 @@ def test_what_the_python_api_loaded_does_not_serve_for_a_file_of_the_same_id() -
     assert facts.generation == facts.views[0].spec.generation
     assert facts.observed_generation is None
     assert not facts.up_to_date
+
+
+def test_a_load_that_has_just_failed_does_not_hang() -> None:
+    """Seen: `OverMemoryLimit … not tried again before that loader returns` of a load that had returned."""
+    hangs = SITUATIONS["its load hangs"]
+    assert hangs.hung is not None
+    assert hangs.attempt is not None
+    failed = replace(hangs, attempt=replace(hangs.attempt, reason="OverMemoryLimit"))
+    assert failed.hung is None
+    other_version = replace(failed, attempt=replace(ATTEMPT, spec=OLD))
+    assert other_version.hung is not None, "that it was another version that failed says nothing"

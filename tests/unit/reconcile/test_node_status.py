@@ -64,8 +64,8 @@ def test_state_that_cannot_be_written_is_no_reason_to_stop() -> None:
     status, reason, message = of(node, "StateKept")
     assert (status, reason) == ("False", "StateNotKept")
     assert message == (
-        "/state/models-07.json: No space left on device; serving goes on and writing is tried "
-        "again; until it succeeds a restart knows no newer last good specs"
+        "/state/models-07.json: No space left on device; until that is over a restart knows no newer "
+        "last good specs"
     )
 
 

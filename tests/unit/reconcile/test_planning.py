@@ -238,6 +238,46 @@ def test_while_the_former_version_serves_a_failed_recreate_is_not_tried_again() 
     assert node.only_action().mode is Mode.RECREATE
 
 
+def test_a_failed_recreate_promises_no_next_try_while_the_backoff_lasts_either() -> None:
+    """Seen: a message that named a time, at which then nothing was tried."""
+    node = Node()
+    node.serve("a", update="recreate")
+    broken = node.want("a", update="recreate", trusted=True)
+    later_s = node.bench.clock.now() + 9.0
+    node.attempts["a"] = Attempt(broken.spec, 1, later_s, "LoadFailed", "it is broken")
+    (waiting,) = node.made.waiting
+    assert (waiting.reason, waiting.until_s) == ("LoadFailed", None)
+    assert node.made.actions == ()
+
+
+def test_a_load_that_failed_and_still_gives_back_its_memory_says_when_it_is_tried_again() -> None:
+    """Seen: for that moment it was said that it waits for a change of its file."""
+    node = Node()
+    broken = node.want("a")
+    node.begin("a")
+    later_s = node.bench.clock.now() + 9.0
+    (loading,) = node.bench.manager.snapshot().instances
+    failed = replace(loading, state=State.FAILED)
+    for reason, until_s in (("LoadFailed", later_s), ("LoadTimeout", None)):
+        attempt = Attempt(broken.spec, 1, later_s, reason, "it is broken")
+        snapshot = replace(node.bench.manager.snapshot(), instances=(failed,))
+        now_s = node.bench.clock.now()
+        observed = Observed(snapshot=snapshot, attempts={"a": attempt}, now_s=now_s)
+        (waiting,) = plan(node.desired, observed).waiting
+        assert (waiting.reason, waiting.until_s) == (reason, until_s)
+
+
+def test_a_failed_update_that_fits_beside_says_when_it_is_tried_again() -> None:
+    node = Node()
+    node.serve("a")
+    broken = node.want("a", trusted=True)
+    later_s = node.bench.clock.now() + 9.0
+    node.attempts["a"] = Attempt(broken.spec, 1, later_s, "LoadFailed", "it is broken")
+    (waiting,) = node.made.waiting
+    assert waiting.until_s == later_s
+    assert node.made.actions == ()
+
+
 def test_after_a_failed_recreate_the_former_version_is_loaded_whatever_the_file_says_by_then() -> (
     None
 ):
@@ -329,6 +369,30 @@ def test_room_is_made_by_evicting_the_least_recently_used_and_the_load_waits_for
     assert (evict.verb, evict.model_id, evict.detail) == (Verb.EVICT, "b", "makes room for c")
     assert (load.verb, load.model_id, load.after) == (Verb.LOAD, "c", ("b",))
     assert node.reason("c") == "AwaitingMemory"
+
+
+def test_room_that_is_made_for_a_request_is_not_for_a_model_that_waited_before() -> None:
+    node = Node(max_models=1)
+    node.want("a")
+    node.want("c")
+    node.begin("c")
+    node.bench.executor.run_all()
+    assert (node.actions, node.reason("a")) == ([], "MaxModels")
+    node.want("b")
+    evict, load = node.made.actions
+    assert (evict.model_id, load.model_id) == ("c", "b")
+    assert node.bench.manager.begin_evict("c", evict.key or "", evict.reason)
+    node.parked["c"] = node.bench.clock.now()
+    assert [a.model_id for a in node.made.actions if a.verb is Verb.LOAD] == ["b"]
+    node.bench.executor.run_all()
+    assert (node.actions, node.reason("a")) == ([(Verb.LOAD, "b")], "MaxModels")
+
+
+def test_loads_that_fit_side_by_side_begin_in_the_order_of_priority_and_id() -> None:
+    node = Node()
+    for model_id, priority in (("b", 0), ("a", 0), ("d", 1), ("c", 1)):
+        node.want(model_id, priority=priority)
+    assert [model_id for _, model_id in node.actions] == ["c", "d", "a", "b"]
 
 
 def test_without_room_and_without_anybody_to_go_the_model_waits_and_says_who_holds_it() -> None:

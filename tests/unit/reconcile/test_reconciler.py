@@ -141,7 +141,7 @@ def test_turns_that_are_lent_make_no_more_room_than_there_is() -> None:
     loop.bench.clock.advance(TURN_S)
     assert len(loop.loop.turn().executed) == 1
     loop.loop.turn()
-    assert (loop.phase("a"), loop.reason("b")) == (Phase.LOADING, "MaxModels")
+    assert (loop.phase("b"), loop.reason("a")) == (Phase.LOADING, "MaxModels")
 
 
 def test_failed_loads_are_retried_after_one_two_and_four_seconds() -> None:
@@ -308,8 +308,11 @@ def test_problems_are_logged_once_each_and_so_is_that_they_are_resolved(
     for _ in range(3):
         loop.loop.turn()
     lines = [record.getMessage() for record in caplog.records]
-    text = '"a.yaml:3:16  max_memory_mb: expected an integer, got \\"4gb\\""'
-    assert lines == [f"event=Problem msg={text}", f"event=Resolved msg={text}"]
+    text = 'a.yaml:3:16  max_memory_mb: expected an integer, got \\"4gb\\"'
+    assert lines == [
+        f'event=Problem meanwhile="left out until that is corrected" msg="{text}"',
+        f'event=Resolved msg="{text}"',
+    ]
 
 
 def test_a_missing_directory_is_a_problem_and_changes_nothing(

@@ -124,3 +124,4 @@ def test_a_routing_class_that_does_not_exist_leaves_the_old_one_and_applies_the_
     assert len(refused) == 1
     assert "key=routing" in refused[0]
     assert "round_robin stays in use" in refused[0]
+    assert "event=SettingChanged key=routing" not in caplog.text

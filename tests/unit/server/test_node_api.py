@@ -12,7 +12,7 @@ from splitlearn_manager.reconcile.record import HistoryEntry
 from splitlearn_manager.reconcile.status import StatusBook
 from splitlearn_manager.server import node_api
 from splitlearn_manager.server.control import Question
-from splitlearn_manager.server.node_api import node_answers
+from splitlearn_manager.server.node_api import node_answers, not_found
 from support.fake_node import condition, model, node
 
 
@@ -174,6 +174,25 @@ def test_an_id_that_is_misspelt_is_told_what_may_be_meant(asked: Node, question:
     with pytest.raises(ModelNotFound, match=r"the node has no model 'brt': did you mean 'bert'\?"):
         asked.ask(question, model_id="brt")
     assert asked.reconciler.told == []
+
+
+def test_an_id_whose_file_is_not_accepted_is_told_so() -> None:
+    known = {"bert": "Ready"}
+    assert not_found("gpt2", known, ("gpt2.yaml", "a.yaml")) == (
+        "the node has no model 'gpt2': gpt2.yaml is not accepted, `status` says why"
+    )
+    assert not_found("zzz", known, ("a.yaml", "b.yaml")) == (
+        "the node has no model 'zzz'; it has bert; it may be declared in a file that is not accepted "
+        "(a.yaml and 1 more): `status` says why"
+    )
+
+
+def test_the_file_of_the_models_name_is_named_before_others(asked: Node) -> None:
+    problems = [{"file": name} for name in ("a.yaml", "team/gpt2.yaml", "server.yaml")]
+    told = asked.reconciler.status.node()
+    asked.reconciler.status.node = lambda: {**told, "problems": problems}  # type: ignore[method-assign]
+    with pytest.raises(ModelNotFound, match=r"'gpt2': team/gpt2\.yaml is not accepted"):
+        asked.ask("explain", model_id="gpt2")
 
 
 def test_an_id_that_is_unlike_all_others_is_told_which_there_are(asked: Node) -> None:
