@@ -122,6 +122,20 @@ def test_explain_says_what_was_tried_and_what_would_help(node: Node) -> None:
     assert asked(node, "explain", "mlp")["phase"] == "Ready"
 
 
+def test_http_tells_what_the_commands_tell(node: Node) -> None:
+    for command in ("explain", "history"):
+        code, body = node.get(f"/api/v1/models/raising/{command}")
+        told = json.loads(body)
+        assert (code, told["model_id"]) == (200, "raising")
+        assert told.keys() == asked(node, command, "raising").keys()
+    told = json.loads(node.get("/api/v1/node")[1])
+    assert told["directory"] == str(node.directory)
+    assert [problem["file"] for problem in told["problems"]] == ["crooked.yaml"]
+    told = json.loads(node.get("/api/v1/events?model_id=mlp")[1])
+    assert "Loaded" in [event["reason"] for event in told["events"]]
+    assert json.loads(node.get(f"/api/v1/events?after={told['next']}")[1])["next"] >= told["next"]
+
+
 def test_history_lists_the_versions_that_were_accepted(node: Node) -> None:
     declare(node.directory, "edited", config=constant(1.0))
     node.wait_phase("edited", "Ready")

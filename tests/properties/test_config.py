@@ -144,6 +144,15 @@ def restyled(values: object, chance: random.Random) -> object:
     return values
 
 
+def are_printable(values: object) -> bool:
+    """Whether no text among the values needs an escape."""
+    if isinstance(values, dict):
+        return all(are_printable(part) for pair in values.items() for part in pair)
+    if isinstance(values, list):
+        return all(map(are_printable, values))
+    return not isinstance(values, str) or values.isprintable()
+
+
 @quick
 @given(model_values, st.randoms(use_true_random=False))
 def test_layout_of_the_file_does_not_change_the_hashes(
@@ -154,7 +163,8 @@ def test_layout_of_the_file_does_not_change_the_hashes(
     yaml = YAML()
     yaml.default_flow_style = chance.choice([True, False])
     yaml.indent(mapping=chance.choice([2, 4, 7]), sequence=6, offset=3)
-    yaml.width = chance.choice([20, 80, 1000])
+    # ruamel folds a text with escapes in the wrong place, where it is longer than a line.
+    yaml.width = chance.choice([20, 80, 1000]) if are_printable(values) else 1000
     stream = io.StringIO()
     yaml.dump(restyled(values, chance), stream)
     lines = stream.getvalue().split("\n")

@@ -95,19 +95,18 @@ class Absence:
         """
         if not missing:
             return Departure()
-        managed = len(accepted) - len(self.uncounted - missing.keys())
+        # Where it is open how many were managed, it is too much if it is by either count.
+        counts = (len(accepted) - len(self.uncounted - missing.keys()), len(accepted))
+        too_much = [n for n in counts if self._is_too_much(len(missing), n)]
+        managed = (too_much or counts)[0]
         guard = PruneGuard(digest_of(missing), tuple(sorted(missing)), managed)
         if not certain:
             # Guarded before, and still not declared: that an edit elsewhere is settling changes nothing.
             is_known = all(model.guarded for model in missing.values())
             return Departure(guard=guard if is_known else None)
-        if guard.digest == confirmed or not self._is_too_much(missing, managed):
-            return Departure(go=True)
-        return Departure(guard=guard)
+        were_guarded = any(model.guarded for model in missing.values())
+        held = too_much or (were_guarded and self.prune_guard_percent < 100)
+        return Departure(guard=guard) if held and guard.digest != confirmed else Departure(go=True)
 
-    def _is_too_much(self, missing: Mapping[str, DesiredModel], managed: int) -> bool:
-        if self.prune_guard_percent >= 100:
-            return False
-        share = 100 * len(missing) / managed
-        is_large = managed >= LEAST_GUARDED and share > self.prune_guard_percent
-        return is_large or any(model.guarded for model in missing.values())
+    def _is_too_much(self, missing: int, managed: int) -> bool:
+        return managed >= LEAST_GUARDED and 100 * missing > self.prune_guard_percent * managed

@@ -4,8 +4,11 @@
     /metrics                 Prometheus' text format
     /healthz                 200 while the process and its loop are alive, else 503; JSON
     /readyz                  200 once the first convergence is done, else 503; JSON
+    /api/v1/node             the node itself
     /api/v1/models           {"models": [...]}
-    /api/v1/models/ID        one model, or 404
+    /api/v1/models/ID        one model, or 404; with /explain why it is where it is, with /history its
+                             versions
+    /api/v1/events           {"events": [...], "next": N}; ?after=N for those after it, ?model_id=ID
 
 It only reads: GET and HEAD, nothing else. Each connection has a thread of its own, a request must
 be small and arrive whole within a deadline, and of too many connections the oldest is closed
@@ -26,7 +29,7 @@ from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from typing import Protocol
-from urllib.parse import unquote
+from urllib.parse import parse_qs, unquote
 
 from splitlearn_manager.errors import ServerError
 from splitlearn_manager.monitoring.connections import (
@@ -41,14 +44,17 @@ logger = logging.getLogger(__name__)
 
 _JSON = "application/json; charset=utf-8"
 _TEXT = "text/plain; charset=utf-8"
-_MODELS = "/api/v1/models"
+_API = "/api/v1"
+_MODELS = f"{_API}/models"
 _INDEX = """splitlearn-manager
 
 /metrics            Prometheus metrics
 /healthz            200 while the process and its loop are alive
 /readyz             200 once the first convergence is done
+/api/v1/node        the node: its directory, what is wrong there, how changes are noticed
 /api/v1/models      all models
-/api/v1/models/ID   one model
+/api/v1/models/ID   one model; /explain why it is where it is; /history its versions
+/api/v1/events      what happened lately; ?after=N what happened since, ?model_id=ID to one model
 """
 
 _WRITE_S = 10.0
@@ -61,6 +67,24 @@ class Rendering(Protocol):
     def render(self) -> tuple[bytes, str]: ...
 
 
+class States(Protocol):
+    """What is told below /api/v1, as data for JSON. All may be called by several threads at a time."""
+
+    def node(self) -> Mapping[str, object]: ...
+
+    def models(self) -> Sequence[Mapping[str, object]]: ...
+
+    def describe(self, model_id: str) -> Mapping[str, object] | None: ...
+
+    def explain(self, model_id: str) -> Mapping[str, object] | None: ...
+
+    def history(self, model_id: str) -> Mapping[str, object] | None: ...
+
+    def events(
+        self, after: int = 0, model_id: str | None = None
+    ) -> tuple[Sequence[Mapping[str, object]], int]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Sources:
     """What is asked for each path. All may be called by several threads at a time."""
@@ -68,8 +92,7 @@ class Sources:
     metrics: Rendering
     healthz: Callable[[], tuple[bool, Mapping[str, object]]]
     readyz: Callable[[], tuple[bool, Mapping[str, object]]]
-    models: Callable[[], Sequence[Mapping[str, object]]]
-    model: Callable[[str], Mapping[str, object] | None]
+    states: States
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +104,8 @@ class Answer:
     body: bytes
 
 
-def answer(path: str, sources: Sources) -> Answer:
-    """What a GET of this path gives. Raises whatever the source raises."""
+def answer(path: str, query: str, sources: Sources) -> Answer:
+    """What a GET of this path, with this query, gives. Raises whatever the source raises."""
     if path == "/":
         return Answer(HTTPStatus.OK, _TEXT, _INDEX.encode())
     if path == "/metrics":
@@ -92,15 +115,39 @@ def answer(path: str, sources: Sources) -> Answer:
         return _judged(sources.healthz())
     if path == "/readyz":
         return _judged(sources.readyz())
+    if path == f"{_API}/node":
+        return _json(HTTPStatus.OK, sources.states.node())
+    if path == f"{_API}/events":
+        return _events(query, sources.states)
     if path in (_MODELS, _MODELS + "/"):
-        return _json(HTTPStatus.OK, {"models": list(sources.models())})
+        return _json(HTTPStatus.OK, {"models": list(sources.states.models())})
     if path.startswith(_MODELS + "/"):
-        model_id = unquote(path.removeprefix(_MODELS + "/"))
-        model = sources.model(model_id)
-        if model is None:
-            message = f"no model is called {model_id!r}; {_MODELS} lists all"
-            return _error(HTTPStatus.NOT_FOUND, message)
-        return _json(HTTPStatus.OK, model)
+        return _of_model(path, sources.states)
+    return _nothing_at(path)
+
+
+def _of_model(path: str, states: States) -> Answer:
+    name, _, view = path.removeprefix(_MODELS + "/").partition("/")
+    views = {"": states.describe, "explain": states.explain, "history": states.history}
+    if view not in views:
+        return _nothing_at(path)
+    found = views[view](unquote(name))
+    if found is None:
+        message = f"no model is called {unquote(name)!r}; {_MODELS} lists all"
+        return _error(HTTPStatus.NOT_FOUND, message)
+    return _json(HTTPStatus.OK, found)
+
+
+def _events(query: str, states: States) -> Answer:
+    asked = parse_qs(query)
+    after = asked.get("after", ["0"])[-1]
+    if not (after.isascii() and after.isdigit()):
+        return _error(HTTPStatus.BAD_REQUEST, f"after: expected a number, got {after!r}")
+    events, last = states.events(int(after), asked.get("model_id", [None])[-1])
+    return _json(HTTPStatus.OK, {"events": list(events), "next": last})
+
+
+def _nothing_at(path: str) -> Answer:
     return _error(HTTPStatus.NOT_FOUND, f"nothing is at {path}; / lists what there is")
 
 
@@ -150,9 +197,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._discard_body()
-        path = self.path.partition("?")[0].partition("#")[0]
+        path, _, query = self.path.partition("#")[0].partition("?")
         try:
-            found = answer(path, self.server.sources)
+            found = answer(path, query, self.server.sources)
         except Exception:
             logger.exception("path=%r its source failed", path)
             found = _error(
@@ -230,8 +277,7 @@ class MonitoringServer:
         host, port: where to listen; port 0 for any free one. An IPv6 address is fine.
         metrics: renders `/metrics`.
         healthz, readyz: whether it is so, and details that fit JSON.
-        models: the state of every model.
-        model: the state of one model; None if there is none of that id.
+        states: what is told of the node and of its models.
         request_s: seconds a client has to send a request, and may be silent between two.
     """
 
@@ -243,13 +289,12 @@ class MonitoringServer:
         metrics: Rendering,
         healthz: Callable[[], tuple[bool, Mapping[str, object]]],
         readyz: Callable[[], tuple[bool, Mapping[str, object]]],
-        models: Callable[[], Sequence[Mapping[str, object]]],
-        model: Callable[[str], Mapping[str, object] | None],
+        states: States,
         request_s: float = 10.0,
     ) -> None:
         self._host = host
         self._port = port
-        self._sources = Sources(metrics, healthz, readyz, models, model)
+        self._sources = Sources(metrics, healthz, readyz, states)
         self._request_s = request_s
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None

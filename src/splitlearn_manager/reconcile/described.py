@@ -5,6 +5,7 @@ Pure. The keys are public.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from splitlearn_manager.config.yaml_source import Problem
@@ -20,6 +21,7 @@ from splitlearn_manager.reconcile.events import Event
 from splitlearn_manager.reconcile.facts import Facts, health_of, phase_of, sync_of
 from splitlearn_manager.reconcile.node_facts import NodeFacts
 from splitlearn_manager.reconcile.node_status import node_conditions
+from splitlearn_manager.reconcile.record import HistoryEntry
 
 Since = tuple[tuple[str, str, float], ...]
 """(type, status, unix time since when it has that status) of each condition."""
@@ -86,6 +88,11 @@ def model_dict(
             {"at": e.at, "reason": e.reason, "message": e.message, "count": e.count} for e in events
         ],
     }
+
+
+def history_dict(model_id: str, entries: Sequence[HistoryEntry]) -> dict[str, object]:
+    """The versions of a model that were accepted, oldest first."""
+    return {"model_id": model_id, "history": [dataclasses.asdict(entry) for entry in entries]}
 
 
 def node_dict(node: NodeFacts, since: Since, phases: Mapping[str, int]) -> dict[str, object]:

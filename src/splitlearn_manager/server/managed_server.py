@@ -50,6 +50,7 @@ from splitlearn_manager.server.node_api import node_answers
 from splitlearn_manager.server.observers import MetricsFeed
 from splitlearn_manager.server.presence import Presence
 from splitlearn_manager.server.state_dir import record_of, state_dir_for
+from splitlearn_manager.server.states import NodeStates
 from splitlearn_manager.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -397,22 +398,17 @@ class ManagedServer:
             metrics=self.metrics,
             healthz=lambda: (self.loop_alive(), self.health_checker.check_health()),
             readyz=lambda: (self.is_ready(), {"ready": self.is_ready()}),
-            models=lambda: [dict(m) for m in self.reconciler.status.published.values()],
-            model=self._status_of,
+            states=NodeStates(self.reconciler),
         )
         http.start()
         self.metrics_port = http.port
         return http
 
-    def _status_of(self, model_id: str) -> dict[str, object] | None:
-        status = self.reconciler.status.published.get(model_id)
-        return dict(status) if status is not None else None
-
     def _after_turn(self, turn: Turn) -> None:
         if self._live and turn.desired.server is not None:
             self._settings.apply(turn.desired.server)
         if self._watcher is not None and turn.looked:
-            if turn.changed and (source := self.desired_source) is not None:
+            if (source := self.desired_source) is not None:
                 self._watcher.watch_paths(source.watch_paths())
             self._watcher.refresh()
         if self._presence is not None and turn.looked:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from splitlearn_manager.desired.scanner import SERVER_FILE
 from splitlearn_manager.errors import ModelNotFound, SplitlearnError
+from splitlearn_manager.reconcile.described import history_dict
 from splitlearn_manager.reconcile.observation import Observation, to_json
 from splitlearn_manager.server.control import Answer, Question
 
@@ -134,19 +135,7 @@ class _NodeApi:
         entries = self._loop.history(model_id)
         if not entries and self._book.describe(model_id) is None:
             raise self._not_found(model_id)
-        return {
-            "model_id": model_id,
-            "history": [
-                {
-                    "generation": entry.generation,
-                    "at": entry.at,
-                    "what": entry.what,
-                    "source": str(entry.source),
-                    "outcome": entry.outcome,
-                }
-                for entry in entries
-            ],
-        }
+        return history_dict(model_id, entries)
 
     def command(self, question: Question, carry_out: Callable[[str], str]) -> Mapping[str, object]:
         model_id = question.text("model_id")

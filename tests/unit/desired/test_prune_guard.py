@@ -202,3 +202,21 @@ def test_a_guard_needs_proof_again_when_the_directory_is_another_one(lab: Desire
     lab.fs.mkdir(ROOT)
     assert len(lab.look(after=1.0).models) == 5
     assert not lab.look(after=0.25).models
+
+
+def test_models_count_though_other_files_never_come_to_rest(lab: DesiredLab) -> None:
+    """Files that are rewritten all the time leave it open how many were managed: then either count holds."""
+    lab.accept(**{i: model(i) for i in IDS[:2]})
+    lab.write(f"{IDS[2]}.yaml", model(IDS[2]))
+
+    def look(turn: int) -> DesiredState:
+        lab.write("busy.yaml", f"# {turn}\n".encode())
+        return lab.look(after=0.2)
+
+    for turn in range(4):
+        state = look(turn)
+    assert list(state.models) == list(IDS[:3])
+    for i in IDS[:2]:
+        lab.delete(f"{i}.yaml")
+    guard = guard_of(lab.settle())
+    assert (guard.model_ids, guard.managed) == (IDS[:2], 3)

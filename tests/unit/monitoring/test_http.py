@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -45,8 +46,25 @@ class Node:
             self.hold.wait(DEADLINE_S)
         return list(self.states.values())
 
-    def model(self, model_id: str) -> Mapping[str, object] | None:
+    def describe(self, model_id: str) -> Mapping[str, object] | None:
         return self.states.get(model_id)
+
+    def node(self) -> Mapping[str, object]:
+        return {"directory": "/desired"}
+
+    def explain(self, model_id: str) -> Mapping[str, object] | None:
+        return {"model_id": model_id, "summary": "is served"} if model_id in self.states else None
+
+    def history(self, model_id: str) -> Mapping[str, object] | None:
+        return {"model_id": model_id, "history": []} if model_id in self.states else None
+
+    def events(
+        self, after: int = 0, model_id: str | None = None
+    ) -> tuple[list[Mapping[str, object]], int]:
+        happened: list[dict[str, Any]] = [
+            {"serial": n, "model_id": "ab"[n % 2]} for n in range(1, 5)
+        ]
+        return [e for e in happened if e["serial"] > after and model_id in (None, e["model_id"])], 4
 
     def server(
         self, port: int = 0, *, host: str = "127.0.0.1", request_s: float = 10.0
@@ -57,8 +75,7 @@ class Node:
             metrics=self.metrics,
             healthz=self.healthz,
             readyz=self.readyz,
-            models=self.models,
-            model=self.model,
+            states=self,
             request_s=request_s,
         )
 
@@ -183,16 +200,50 @@ def test_an_unknown_model_is_404_with_its_name(server: MonitoringServer) -> None
     )
 
 
+def test_the_node_is_shown(server: MonitoringServer) -> None:
+    assert ask(server, "/api/v1/node").json() == {"directory": "/desired"}
+
+
+@pytest.mark.parametrize("view", ["explain", "history"])
+def test_a_model_is_explained_and_its_versions_are_told(
+    server: MonitoringServer, node: Node, view: str
+) -> None:
+    expected = node.explain("a") if view == "explain" else node.history("a")
+    assert ask(server, f"/api/v1/models/a/{view}").json() == expected
+    assert ask(server, f"/api/v1/models/nope/{view}").status == 404
+
+
+@pytest.mark.parametrize(
+    ("query", "serials"),
+    [("", [1, 2, 3, 4]), ("?after=2", [3, 4]), ("?after=1&model_id=a", [2, 4]), ("?after=9", [])],
+)
+def test_events_after_a_serial_are_told_of_one_model_or_of_all(
+    server: MonitoringServer, query: str, serials: list[int]
+) -> None:
+    told = ask(server, f"/api/v1/events{query}").json()
+    assert isinstance(told, dict)
+    assert ([event["serial"] for event in told["events"]], told["next"]) == (serials, 4)
+
+
+@pytest.mark.parametrize("after", ["x", "-1", "1.5", "%C2%B2"])
+def test_a_serial_that_is_no_number_is_refused(server: MonitoringServer, after: str) -> None:
+    reply = ask(server, f"/api/v1/events?after={after}")
+    assert reply.status == 400
+    assert "after: expected a number" in str(reply.json())
+
+
 def test_the_index_names_every_path(server: MonitoringServer) -> None:
     reply = ask(server, "/")
 
     assert reply.headers["content-type"] == "text/plain; charset=utf-8"
-    for path in (b"/metrics", b"/healthz", b"/readyz", b"/api/v1/models", b"/api/v1/models/ID"):
+    api = (b"/api/v1/node", b"/api/v1/models", b"/api/v1/models/ID", b"/api/v1/events")
+    for path in (b"/metrics", b"/healthz", b"/readyz", *api):
         assert path in reply.body
 
 
 @pytest.mark.parametrize(
-    "path", ["/nope", "/metrics/x", "/api", "/api/v1/modelsx", "/../etc/passwd"]
+    "path",
+    ["/nope", "/metrics/x", "/api", "/api/v1/modelsx", "/api/v1/models/a/b", "/../etc/passwd"],
 )
 def test_another_path_is_404(server: MonitoringServer, path: str) -> None:
     reply = ask(server, path)
