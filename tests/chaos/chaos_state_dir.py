@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from chaos.faults import SETTINGS, full, mounted, served, wait_condition, wait_ready
-from splitlearn_manager.server.state_dir import state_dir_for
+from chaos.faults import SETTINGS, full, mounted, served, wait_ready, wait_state_kept
+from splitlearn_manager.server.state_dir import record_of, state_dir_for
 from support.node import Node
 from support.served import answer_of, constant, declare, loads, replace_file
 from support.waiting import eventually
@@ -32,8 +32,19 @@ def breaks(directory: Path, model_id: str) -> None:
     replace_file(directory / f"{model_id}.yaml", f"model_id: {model_id}\nmodel_path: [\n")
 
 
-def kept(state_dir: Path) -> str:
-    return "".join(path.read_text() for path in sorted(state_dir.glob("models-*.json")))
+def kept(state_dir: Path) -> set[str]:
+    """The ids of the models that are kept."""
+    return {m for path in shards(state_dir) for m in json.loads(path.read_text())["models"]}
+
+
+def shards(state_dir: Path) -> list[Path]:
+    """The files that models are kept in."""
+    return sorted(record_of(state_dir).glob("models-*.json"))
+
+
+def unfinished(state_dir: Path) -> list[str]:
+    """Files that were begun and not put in place."""
+    return [path.name for path in record_of(state_dir).iterdir() if path.name.endswith(".tmp")]
 
 
 def assert_last_good_specs_are_kept(directory: Path, settings: dict[str, object]) -> None:
@@ -61,9 +72,9 @@ def test_a_state_dir_that_cannot_be_made_is_done_without(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with Node(directory, with_state(tmp_path / "file" / "state")) as node:
         wait_ready(node, MODELS)
-        condition = wait_condition(node, "StateKept", "False")
-        assert condition["reason"] == "StateNotKept"
-        assert str(tmp_path / "file" / "state") in condition["message"]
+        wait_state_kept(node, False)
+        (said,) = node.find("event=StateNotKept")
+        assert str(tmp_path / "file" / "state") in said
         edit(node, "m1", 11.0)
         assert not node.find("Traceback")
         assert node.stop() == 0
@@ -76,7 +87,7 @@ def test_a_read_only_state_dir_is_done_without(tmp_path: Path) -> None:
         Node(directory, with_state(state)) as node,
     ):
         wait_ready(node, MODELS)
-        wait_condition(node, "StateKept", "False")
+        wait_state_kept(node, False)
         edit(node, "m1", 11.0)
         assert not node.find("Traceback")
         assert node.stop() == 0
@@ -90,14 +101,14 @@ def test_a_full_disk_stops_nothing_and_what_was_missed_is_written_when_there_is_
         settings = with_state(state)
         with Node(directory, settings) as node:
             wait_ready(node, MODELS)
-            wait_condition(node, "StateKept", "True")
+            wait_state_kept(node, True)
             with full(state):
                 for model_id, value in MODELS.items():
                     edit(node, model_id, value + 10)
-                condition = wait_condition(node, "StateKept", "False")
-                assert "space" in condition["message"].lower()
-            wait_condition(node, "StateKept", "True")
-            assert not [path.name for path in state.iterdir() if path.name.endswith(".tmp")]
+                wait_state_kept(node, False)
+                assert "No space left" in node.find("event=StateNotKept")[0]
+            wait_state_kept(node, True)
+            assert not unfinished(state)
             node.kill()
         assert_last_good_specs_are_kept(directory, settings)
 
@@ -108,7 +119,7 @@ def test_a_disk_that_is_full_at_the_start_stops_nothing(tmp_path: Path) -> None:
         settings = with_state(state)
         with full(state), Node(directory, settings) as node:
             wait_ready(node, MODELS)
-            wait_condition(node, "StateKept", "False")
+            wait_state_kept(node, False)
             edit(node, "m1", 11.0)
             assert node.stop() == 0
         serve_edit_and_kill(directory, settings)
@@ -121,15 +132,15 @@ def test_a_quota_on_written_files_stops_nothing_and_heals(tmp_path: Path) -> Non
     settings = with_state(state)
     with Node(directory, settings) as node:
         wait_ready(node, MODELS)
-        wait_condition(node, "StateKept", "True")
+        wait_state_kept(node, True)
         before = resource.prlimit(node.process.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(node.process.pid, resource.RLIMIT_FSIZE, (16, before[1]))
         for model_id, value in MODELS.items():
             edit(node, model_id, value + 10)
-        wait_condition(node, "StateKept", "False")
+        wait_state_kept(node, False)
         resource.prlimit(node.process.pid, resource.RLIMIT_FSIZE, before)
-        wait_condition(node, "StateKept", "True")
-        assert not [path.name for path in state.iterdir() if path.name.endswith(".tmp")]
+        wait_state_kept(node, True)
+        assert not unfinished(state)
         node.kill()
     assert_last_good_specs_are_kept(directory, settings)
 
@@ -142,7 +153,7 @@ def test_a_state_dir_that_is_deleted_while_the_node_runs_is_made_anew(tmp_path: 
         for model_id, value in MODELS.items():
             edit(node, model_id, value + 10)
         shutil.rmtree(state)
-        eventually(lambda: state.exists() and kept(state).count("generation") >= 4, "it is back")
+        eventually(lambda: kept(state) == set(MODELS), "all is kept again")
         assert not node.find("Traceback")
         node.kill()
     assert_last_good_specs_are_kept(directory, settings)
@@ -196,15 +207,15 @@ def test_damaged_state_is_reported_and_never_fatal(
     directory, state = served(tmp_path / "desired", MODELS), tmp_path / "state"
     settings = with_state(state)
     serve_edit_and_kill(directory, settings)
-    shards = sorted(state.glob("models-*.json"))
-    assert shards
-    for shard in shards:
+    damaged = shards(state)
+    assert damaged
+    for shard in damaged:
         damage(shard)
     with Node(directory, settings) as node:
         wait_ready(node, MODELS)
         for model_id, value in MODELS.items():
             assert answer_of(node, model_id) == value + 10
-        assert node.find(shards[0].name), "the damage is not reported"
+        assert node.find(damaged[0].name), "the damage is not reported"
         assert not node.find("Traceback")
         assert node.stop() == 0
     with Node(directory, settings) as node:

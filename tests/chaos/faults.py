@@ -5,7 +5,6 @@ Each says why where this machine does not permit it, and the test is skipped wit
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from splitlearn_manager.cli.asking import ask
+from splitlearn_manager.server.state_dir import socket_of
 from support.node import Node
 from support.served import constant, declare, write_factory
 from support.waiting import eventually
@@ -84,9 +85,10 @@ def wait_ready(node: Node, model_ids: Mapping[str, float]) -> None:
 
 
 def node_condition(node: Node, kind: str) -> dict[str, str]:
-    """A condition of the node itself."""
-    _, body = node.get("/api/v1/node")
-    return next(dict(c) for c in json.loads(body)["conditions"] if c["type"] == kind)
+    """A condition of the node itself, as it tells on its control socket."""
+    about = ask(socket_of(node.state_dir), "status", models=[])["node"]
+    assert isinstance(about, dict)
+    return next(dict(c) for c in about["conditions"] if c["type"] == kind)
 
 
 def wait_condition(node: Node, kind: str, status: str, deadline_s: float = 30.0) -> dict[str, str]:
@@ -95,6 +97,13 @@ def wait_condition(node: Node, kind: str, status: str, deadline_s: float = 30.0)
         return found if found["status"] == status else {}
 
     return eventually(look, f"{kind} is {status}", deadline_s)
+
+
+def wait_state_kept(node: Node, kept: bool) -> None:
+    """Waits until the metrics say that its state is kept, or is not. Where there is no state directory
+    there is no control socket either, so that cannot be asked."""
+    line = f"splitlearn_state_kept {1.0 if kept else 0.0}"
+    eventually(lambda: line in node.get("/metrics")[1].splitlines(), line)
 
 
 def swap_link(link: Path, target: str) -> None:

@@ -10,6 +10,9 @@ was killed:
     its model cannot load   the version that served last
     it is gone              nothing
 
+Whose a broken file is, a node knows by its name, if the model was accepted from a file of that name, or by
+its text. One that got another name and is empty tells neither: its model may be kept, or go.
+
 Versions tell who they are: a model answers its own number everywhere.
 """
 
@@ -94,6 +97,10 @@ class Model:
         gone: there is no file.
         candidates: values that may be the last that served, oldest first; None stands for nothing.
         edits: how often it was changed.
+        deletions: how often it was deleted, or nothing told any more whose file it is.
+        broken: what the file says while it is broken.
+        known: the model was accepted from a file of this name.
+        proof: the value whose answer proves that; None if none does.
     """
 
     path: Path
@@ -101,6 +108,10 @@ class Model:
     gone: bool = True
     candidates: list[int | None] = field(default_factory=lambda: [None])
     edits: int = 0
+    deletions: int = 0
+    broken: str = ""
+    known: bool = False
+    proof: int | None = None
 
     @property
     def expected(self) -> set[int | None]:
@@ -111,11 +122,27 @@ class Model:
             return {self.says.value}
         return set(self.candidates)
 
-    def answered(self, value: int | None) -> None:
-        """A request was answered by that version: what came before it is over."""
-        if value in self.candidates:
+    def answered(self, value: int | None) -> bool:
+        """A request was answered by that version: what came before it is over.
+
+        That nothing answers proves something only while there is no file: else it may be on its way.
+
+        Returns:
+            whether the version may have answered.
+        """
+        if value not in self.candidates:
+            return False
+        self.known = self.known or (value is not None and value == self.proof)
+        if value is not None or self.gone:
             last = len(self.candidates) - 1 - self.candidates[::-1].index(value)
             self.candidates = self.candidates[last:]
+        return True
+
+    def may_be_taken_for_gone(self, model_id: str) -> bool:
+        """Nothing tells whose file it is."""
+        return (
+            not self.gone and self.says is None and not self.known and model_id not in self.broken
+        )
 
 
 class World:
@@ -152,11 +179,31 @@ class World:
                 return {self.weights_version}
             return self.models[model_id].expected
 
-    def answered(self, model_id: str, value: int | None) -> None:
-        """Tells that the version served, at some moment until this call."""
+    def state_of(self, model_id: str) -> str:
+        """What its file is: `valid`, `broken`, `gone`, or valid for a version that `fails` to load."""
         with self.lock:
-            if model_id != WEIGHTS:
-                self.models[model_id].answered(value)
+            model = self.models.get(model_id)
+            if model is None:
+                return "valid"
+            if model.gone:
+                return "gone"
+            if model.says is None:
+                return "broken"
+            return "fails" if model.says.fails else "valid"
+
+    def is_at_rest(self, model_id: str) -> None:
+        """Tells that a node has seen all files as they are."""
+        with self.lock:
+            model = self.models.get(model_id)
+            if model is not None and model.says is not None:
+                model.known = True
+
+    def answered(self, model_id: str, value: int | None) -> bool:
+        """Tells that the version served, at some moment until this call; whether it may have."""
+        with self.lock:
+            if model_id == WEIGHTS:
+                return value is None or 0 < value <= self.weights_version
+            return self.models[model_id].answered(value)
 
     def act(self, confirmed: Callable[[str, int], bool]) -> None:
         """One random operation.
@@ -199,6 +246,8 @@ class World:
         """Noted before it is written: a node may accept it before the write has returned."""
         with self.lock:
             model = self.models[model_id]
+            if not version.fails and (model.says is None or model.says.value != version.value):
+                model.proof = version.value
             model.says, model.gone = version, False
             model.edits += 1
             if not version.fails and model.candidates[-1] != version.value:
@@ -230,11 +279,12 @@ class World:
         says = self.models[model_id].says
         if says is not None and not says.fails and self.rng.random() < 0.7:
             confirmed(model_id, says.value)
+        text = self.rng.choice(BROKEN).format(id=model_id)
         with self.lock:
             model = self.models[model_id]
-            model.says = None
+            model.says, model.broken = None, text
             model.edits += 1
-        text = self.rng.choice(BROKEN).format(id=model_id)
+            self._note_doubt(model_id)
         if self.rng.random() < 0.5:
             replace_file(model.path, text)
         else:
@@ -246,14 +296,25 @@ class World:
             model = self.models[model_id]
             model.says, model.gone = None, True
             model.edits += 1
+            model.deletions += 1
             model.candidates.append(None)
+            model.known, model.proof = False, None
         model.path.unlink()
 
     def _move(self, model_id: str) -> None:
         model = self.models[model_id]
         target = self.directory / f"{model_id}-{self.rng.randrange(1000)}.yml"
+        with self.lock:
+            model.known, model.proof = False, None
+            self._note_doubt(model_id)
         os.rename(model.path, target)
         model.path = target
+
+    def _note_doubt(self, model_id: str) -> None:
+        model = self.models[model_id]
+        if model.may_be_taken_for_gone(model_id) and model.candidates[-1] is not None:
+            model.candidates.append(None)
+            model.deletions += 1
 
     def _double(self, model_id: str) -> None:
         """For a moment two files declare the model; neither is to be believed."""

@@ -1,7 +1,8 @@
 """Idle means idle: a node on which nothing changes, for minutes, neither acts nor grows.
 
-One half of the time a client asks its models for answers at a low rate, the other half nobody asks anything.
-Memory (RSS), open files and threads are read from outside, so that looking at them costs the node nothing.
+One half of the time a client asks its models for answers at a low rate and the metrics are fetched every
+five seconds, the other half nobody asks anything. Memory (RSS), open files and threads are read from
+outside, so that looking at them costs the node nothing.
 
 Flat means, for each half after its first fifth: the memory's trend (the median of the slopes between all
 pairs of samples, which a few outliers do not move) makes no more than `ALLOWED_MB` of the half, and the
@@ -12,14 +13,13 @@ numbers of files and threads are the same in the middle of its first and of its 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import statistics
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from time import monotonic
 
@@ -29,6 +29,8 @@ import torch
 from torch import nn
 
 from splitlearn_comm import GRPCComputeClient
+from splitlearn_manager.cli.asking import ask
+from splitlearn_manager.server.state_dir import socket_of
 from support.node import Node
 from support.served import X, constant, declare, save_version, write_factory
 
@@ -36,7 +38,10 @@ MINUTES = float(os.environ.get("MINUTES") or 10)
 SAMPLES = 150
 """In each half."""
 
-REQUESTS_A_SECOND = 5.0
+WARM_UP = 200
+"""Requests to each model, and looks at the metrics, until memory that is reused is there to be reused."""
+
+REQUESTS_A_SECOND = 5
 ALLOWED_MB = 0.5
 CONSTANTS = [f"m{n}" for n in range(4)]
 ASKED = [*CONSTANTS, "weights", "linear"]
@@ -83,14 +88,13 @@ def done(node: Node) -> Done:
         found = re.findall(rf"^{name}(?:{{[^}}]*}})? (\S+)$", text, re.M)
         return sum(float(value) for value in found)
 
-    _, events = node.get("/api/v1/events")
-    serials = [event["serial"] for event in json.loads(events)["events"]]
+    events = ask(socket_of(node.state_dir), "events", after=0)
     return Done(
         loads=total("model_load_total"),
         unloads=total("model_unload_total"),
         evictions=total("splitlearn_evictions_total"),
         errors=total('splitlearn_reconcile_total{result="error"}'),
-        last_event=max(serials, default=0),
+        last_event=int(str(events["next"])),
     )
 
 
@@ -144,6 +148,21 @@ def verdict(half: str, samples: Sequence[Sample]) -> list[str]:
     return grew
 
 
+def summary(half: str, samples: Sequence[Sample]) -> str:
+    """The half in a line, without its first fifth."""
+    kept = samples[len(samples) // 5 :]
+    memory = [s.rss_mb for s in kept]
+    spans = {what: {getattr(s, what) for s in kept} for what in ("files", "threads")}
+    minutes = (kept[-1].at_s - kept[0].at_s) / 60
+    cpu = 100 * (kept[-1].cpu_s - kept[0].cpu_s) / (kept[-1].at_s - kept[0].at_s)
+    return (
+        f"{half}: in {minutes:.1f} min memory between {min(memory):.2f} and {max(memory):.2f} MB, "
+        f"trend {trend(kept):+.3f} MB (at most {ALLOWED_MB:g}); "
+        f"files {min(spans['files'])} to {max(spans['files'])}, "
+        f"threads {min(spans['threads'])} to {max(spans['threads'])}; CPU {cpu:.2f} %"
+    )
+
+
 def write_directory(directory: Path) -> None:
     directory.mkdir()
     write_factory(directory)
@@ -168,28 +187,28 @@ def test_a_node_on_which_nothing_changes_does_nothing_and_does_not_grow(tmp_path
     with Node(directory, {"max_models": 20}) as node, node.client() as client:
         for model_id in ASKED:
             node.wait_phase(model_id, "Ready")
-        for _ in range(50):
+        for _ in range(WARM_UP):
             ask_all(client)
+            node.get("/metrics")
         before = done(node)
         process = psutil.Process(node.process.pid)
-        turn = iter(range(10**9))
-        asked = watch(
-            process,
-            half_s,
-            lambda: void(client.compute(X, model_id=ASKED[next(turn) % len(ASKED)])),
-        )
+        turns = count()
+
+        def ask_one() -> None:
+            turn = next(turns)
+            client.compute(X, model_id=ASKED[turn % len(ASKED)])
+            if turn % (5 * REQUESTS_A_SECOND) == 0:
+                node.get("/metrics")
+
+        asked = watch(process, half_s, ask_one)
         silent = watch(process, half_s, lambda: None)
         after = done(node)
     print("\nhalf          time       memory  files  threads      CPU")
     print("\n".join([*table("requests", asked), *table("silence", silent)]))
     for name, samples in (("requests", asked), ("silence", silent)):
-        growth = trend(samples[len(samples) // 5 :])
-        print(f"{name}: memory trend {growth:+.3f} MB (at most {ALLOWED_MB:g})")
+        print(summary(name, samples))
     print(f"done before {before}\ndone after  {after}")
+    assert before.loads == len(ASKED)
     grew = [*verdict("requests", asked), *verdict("silence", silent)]
     assert not grew, "; ".join(grew)
     assert after == before, "the node acted although nothing had changed"
-
-
-def void(answer: torch.Tensor) -> None:
-    """An answer that nobody reads."""
