@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import errno
 import heapq
+import io
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import BinaryIO
 
 from splitlearn_manager.config.files import DirEntry, FileStat
 
@@ -91,6 +94,9 @@ class FakeFileSystem:
         if node.kind == "dir":
             raise self._error(errno.EISDIR, path)
         return node.data[:limit]
+
+    def open(self, path: str) -> BinaryIO:
+        return io.BytesIO(self.read(path, sys.maxsize))
 
     # -- what the world does
 

@@ -17,7 +17,7 @@ import os
 import stat as stat_module
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 
 class FileStat(NamedTuple):
@@ -68,6 +68,10 @@ class FileSystem(Protocol):
         """The first `limit` bytes of a regular file; ask for one more than you accept."""
         ...
 
+    def open(self, path: str) -> BinaryIO:
+        """A regular file, to be read here and there; whoever opened it closes it."""
+        ...
+
 
 class RealFileSystem:
     """The disk."""
@@ -81,15 +85,23 @@ class RealFileSystem:
         return _file_stat(os.stat(path))
 
     def read(self, path: str, limit: int) -> bytes:
+        with self.open(path) as file:
+            return file.read(limit)
+
+    def open(self, path: str) -> BinaryIO:
         # O_NONBLOCK: opening a named pipe would otherwise wait for ever for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(descriptor, "rb") as file:
+        file = open(descriptor, "rb")  # noqa: SIM115 - the caller closes it
+        try:
             mode = os.fstat(descriptor).st_mode
             if stat_module.S_ISDIR(mode):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
             if not stat_module.S_ISREG(mode):
                 raise OSError(errno.EINVAL, "Not a regular file", path)
-            return file.read(limit)
+        except BaseException:
+            file.close()
+            raise
+        return file
 
 
 def _file_stat(found: os.stat_result) -> FileStat:

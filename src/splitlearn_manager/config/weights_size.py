@@ -1,6 +1,7 @@
 """How much memory weights will take, told from headers and sizes of files; no tensor is ever read.
 
 safetensors (one file, or the shards of an index)   exact: the header names each tensor's bytes
+torch.save, torch.jit.save, torch.export.save       exact: the archive names each storage's (`archive_size`)
 a checkpoint index                                  exact: the total that it states
 any other file                                      a guess: its size × 1.2
 """
@@ -13,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from splitlearn_manager.config.archive_size import archive_bytes
 from splitlearn_manager.config.files import FileSystem
 from splitlearn_manager.config.installed import is_file
 
@@ -41,7 +43,7 @@ class Estimate:
 
 
 def stated_size(path: Path, dtype: str | None, fs: FileSystem) -> Estimate | None:
-    """The exact size, where the files state it: safetensors headers or a checkpoint index.
+    """The exact size, where the files state it: safetensors headers, archives, a checkpoint index.
 
     Args:
         path: a file, or a directory as Hugging Face lays it out.
@@ -54,13 +56,16 @@ def stated_size(path: Path, dtype: str | None, fs: FileSystem) -> Estimate | Non
         OSError: nothing is at `path`, or it cannot be read.
     """
     if not fs.stat(str(path)).is_dir:
-        return _sum_of_headers([path], dtype, fs) if path.suffix == ".safetensors" else None
+        return _sum_of_headers([path], dtype, fs) or _size_of_archive(path, dtype, fs)
     for name in _INDEXES:
         index = path / name
         if is_file(index, fs):
             return _size_of_index(index, dtype, fs)
-    whole = path / "model.safetensors"
-    return _sum_of_headers([whole], dtype, fs) if is_file(whole, fs) else None
+    if is_file(path / "model.safetensors", fs):
+        return _sum_of_headers([path / "model.safetensors"], dtype, fs)
+    if is_file(path / "pytorch_model.bin", fs):
+        return _size_of_archive(path / "pytorch_model.bin", dtype, fs)
+    return None
 
 
 def guessed_size(sizes: Iterable[int]) -> Estimate:
@@ -86,6 +91,15 @@ def _size_of_index(index: Path, dtype: str | None, fs: FileSystem) -> Estimate |
     return None
 
 
+def _size_of_archive(file: Path, dtype: str | None, fs: FileSystem) -> Estimate | None:
+    size = archive_bytes(file, _DTYPE_BYTES[dtype] if dtype else None, fs)
+    return Estimate(size / MB, "archive index" + _converted(dtype)) if size is not None else None
+
+
+def _converted(dtype: str | None) -> str:
+    return f", converted to {dtype}" if dtype else ""
+
+
 def _sum_of_headers(files: list[Path], dtype: str | None, fs: FileSystem) -> Estimate | None:
     total = 0
     for file in files:
@@ -94,7 +108,7 @@ def _sum_of_headers(files: list[Path], dtype: str | None, fs: FileSystem) -> Est
             return None
         total += size
     how = "safetensors header" if len(files) == 1 else f"safetensors headers of {len(files)} shards"
-    return Estimate(total / MB, how + (f", converted to {dtype}" if dtype else ""))
+    return Estimate(total / MB, how + _converted(dtype))
 
 
 def _header_bytes(file: Path, dtype: str | None, fs: FileSystem) -> int | None:

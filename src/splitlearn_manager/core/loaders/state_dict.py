@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from splitlearn_manager.config.archive_size import state_dict_in
 from splitlearn_manager.core.loaders.user_code import Built, FactoryCall, build
 from splitlearn_manager.errors import InvalidModel
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
 _BATCH_BYTES = 64 * 2**20
 _LISTED = 5
 
@@ -26,11 +26,10 @@ def unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
     Raises:
         InvalidModel: there is none.
     """
+    found = state_dict_in(loaded, lambda value: isinstance(value, torch.Tensor))
+    if found is not None:
+        return found
     if isinstance(loaded, Mapping):
-        candidates = [loaded, *(loaded.get(name) for name in _WRAPPERS)]
-        for candidate in candidates:
-            if isinstance(candidate, Mapping) and candidate and _all_tensors(candidate):
-                return candidate
         keys = ", ".join(repr(key) for key in list(loaded)[:_LISTED])
         raise InvalidModel(
             f"{path.name} holds a dict (with the keys {keys}) in which no state dict is found; "
@@ -38,12 +37,6 @@ def unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
         )
     raise InvalidModel(
         f"{path.name} holds a {type(loaded).__name__}; expected a module or a state dict"
-    )
-
-
-def _all_tensors(mapping: Mapping[object, object]) -> bool:
-    return all(
-        isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in mapping.items()
     )
 
 
