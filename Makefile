@@ -9,19 +9,21 @@ BENCH  := $(VENV)/.installed-bench
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench chaos soak docs stubs clean
+.PHONY: help run test check format bench simulate mutants chaos soak docs stubs clean
 
 help:
-	@echo 'make run     serve the models that desired/ declares'
-	@echo 'make test    make check, then every test'
-	@echo 'make check   formatting, lint, types, one-way imports'
-	@echo 'make format  format the code and fix what ruff can fix'
-	@echo 'make bench   measure edit-to-answer latency, request cost, memory, and large directories'
-	@echo 'make chaos   real faults on real processes: STARTS=200 kills, swaps, full disks, dead watchers'
-	@echo 'make soak    MINUTES=10 of nothing changing: memory, files and threads must not grow'
-	@echo 'make docs    make docs/cli.md from the command line itself, with examples recorded beside a node'
-	@echo 'make stubs   generate the gRPC stubs from the .proto file'
-	@echo 'make clean   remove the virtual environment and all caches'
+	@echo 'make run       serve the models that desired/ declares'
+	@echo 'make test      make check, then every test'
+	@echo 'make check     formatting, lint, types, one-way imports'
+	@echo 'make format    format the code and fix what ruff can fix'
+	@echo 'make bench     measure edit-to-answer latency, request cost, memory, and large directories'
+	@echo 'make simulate  the whole loop on a simulated machine: EPISODES=2000 from FIRST=0; SEED=n shows one'
+	@echo 'make mutants   seeded bugs, each of which the simulation must find: a table; ONLY="words of a name"'
+	@echo 'make chaos     real faults on real processes: STARTS=200 kills, swaps, full disks, dead watchers'
+	@echo 'make soak      MINUTES=10 of nothing changing: memory, files and threads must not grow'
+	@echo 'make docs      make docs/cli.md from the command line itself, with examples recorded beside a node'
+	@echo 'make stubs     generate the gRPC stubs from the .proto file'
+	@echo 'make clean     remove the virtual environment and all caches'
 
 # setuptools comes first, pinned, so that the build needs no second, isolated environment.
 # silero-vad is a real TorchScript model for the tests; its own dependencies (torchaudio) are not needed.
@@ -56,6 +58,14 @@ $(BENCH): $(READY)
 
 bench: $(BENCH)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s
+
+# One seed: as small as it still fails, and with WHOLE=1 with all that happens in it.
+simulate: $(READY)
+	cd tests && ../$(BIN)/python -m simulation $(if $(SEED),--seed '$(SEED)' $(if $(WHOLE),--whole),\
+		$(if $(EPISODES),--episodes '$(EPISODES)') $(if $(FIRST),--first '$(FIRST)') $(if $(JOBS),--jobs '$(JOBS)'))
+
+mutants: $(READY)
+	cd tests && ../$(BIN)/python -m mutants $(if $(ONLY),--only '$(ONLY)') $(if $(EPISODES),--episodes '$(EPISODES)') $(if $(JOBS),--jobs '$(JOBS)')
 
 chaos: $(READY)
 	STARTS='$(STARTS)' SEED='$(SEED)' $(BIN)/python -m pytest tests/chaos -o python_files='chaos_*.py' -v -s

@@ -8,7 +8,7 @@ from typing import Any
 from mutants.mutant import Mutant, instead
 from splitlearn_manager.config.files import FileStat
 from splitlearn_manager.core.model_reader import ModelReader
-from splitlearn_manager.desired import acceptance, scanner
+from splitlearn_manager.desired import acceptance, scanner, weights
 from splitlearn_manager.desired.absence import Absence, digest_of
 from splitlearn_manager.desired.acceptance import Acceptance
 from splitlearn_manager.desired.claims import Verdict
@@ -23,7 +23,7 @@ from splitlearn_manager.reconcile.reconciler import Reconciler
 
 
 def _looks_only_when_told(loop: Any) -> Any:
-    return loop.turn(look=loop._look_asked)
+    return loop.turn(look=loop._look_asked or loop._desired.next_check_s is not None)
 
 
 def _reads_at_once(file: Any) -> Any:
@@ -125,11 +125,45 @@ def _forgets_generations(real: Any) -> Any:
     return restore
 
 
-def _desires_at_once_what_was_kept(real: Any) -> Any:
-    def decide(self: Any, *arguments: Any) -> None:
+def _weights_count_at_once(real: Any) -> Any:
+    def look(self: Any, now: float, settle_s: float, ask: Any) -> bool:
+        before = self.settled
+        changed = real(self, now, settle_s, ask)
+        if self.settling.known:
+            self.settled = self.settling.value
+        return bool(changed or before != self.settled)
+
+    return look
+
+
+def _torn_is_whole(real: Any) -> Any:
+    def scan(self: Any) -> Scan:
+        found = real(self)
+        if not found.torn:
+            return found
+        return dataclasses.replace(found, complete=True, error=None, torn=False)
+
+    return scan
+
+
+def _kept_is_desired(real: Any) -> Any:
+    def restore(self: Any, models: Any) -> None:
+        real(self, models)
         self._undecided = frozenset()
 
-    return decide
+    return restore
+
+
+def _held_while_others_are_broken(real: Any) -> Any:
+    def judge(self: Any, model_id: str, look: Any) -> Verdict:
+        found = real(self, model_id, look)
+        if self._tracking._faulty:
+            return dataclasses.replace(
+                found, accept=None, hold="another file is broken", lasting=True
+            )
+        return found
+
+    return judge
 
 
 MUTANTS = (
@@ -176,6 +210,11 @@ MUTANTS = (
         lambda: [instead(Scanner, "scan", _scan_with_holes_is_whole)],
     ),
     Mutant(
+        "a scan torn by a swap is taken for whole",
+        "directory listings beside a ConfigMap's or git-sync's swap: half of the old, half of the new",
+        lambda: [instead(Scanner, "scan", _torn_is_whole)],
+    ),
+    Mutant(
         "an outage of the source is taken for deletion",
         "GitOps controllers that prune everything when the repository or the mount is gone",
         lambda: [instead(Scanner, "scan", _no_directory_is_an_empty_one)],
@@ -220,6 +259,11 @@ MUTANTS = (
         ],
     ),
     Mutant(
+        "one broken file holds up all others",
+        "configurations that are valid as a whole or not at all: one team's typo stops everybody's rollout",
+        lambda: [instead(Acceptance, "_judge", _held_while_others_are_broken)],
+    ),
+    Mutant(
         "in a conflict the last writer wins",
         "controllers that fight over one object declared twice, each overwriting the other",
         lambda: [instead(acceptance, "judge", _last_writer_wins)],
@@ -255,9 +299,14 @@ MUTANTS = (
         lambda: [instead(Acceptance, "restore", _forgets_generations)],
     ),
     Mutant(
-        "what was kept is loaded before the files were looked at",
-        "a checkpoint restored blindly: what was deleted during the downtime comes up again",
-        lambda: [instead(Acceptance, "_decide_restored", _desires_at_once_what_was_kept)],
+        "what was accepted before the restart is loaded first",
+        "caches trusted before the first sync: the deleted object comes back for a moment",
+        lambda: [instead(Acceptance, "restore", _kept_is_desired)],
+    ),
+    Mutant(
+        "weights count as soon as they are there",
+        "a model directory picked up while it is being copied",
+        lambda: [instead(weights._Source, "look", _weights_count_at_once)],
     ),
     Mutant(
         "weights that change while they are read are served",

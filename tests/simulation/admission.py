@@ -8,12 +8,12 @@ been enough.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from simulation.machine import Broken
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.snapshot import InstanceView
-from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Verb, Wanted
+from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
 
 EPSILON_MB = 1e-6
 
@@ -37,7 +37,7 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
     """Raises Broken if an eviction that makes room was not as it must be."""
     if not any(a.verb is Verb.EVICT and a.reason == "MadeRoom" for a in made.actions):
         return
-    views = {v.key: v for v in observed.snapshot.instances}
+    views = {v.key: _as_wanted(v, wanted) for v in observed.snapshot.instances}
     ledger = observed.snapshot.ledger
     going = {v.key for v in views.values() if v.state is State.UNLOADING}
     going |= {
@@ -62,6 +62,45 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
         promised[f"{load.model_id} (load)"] = (load.device, load.mb)
 
 
+def check_updates(wanted: Mapping[str, Wanted], observed: Observed, made: Plan) -> None:
+    """Raises Broken if an update was of nothing, or took away what could have stayed meanwhile (I11)."""
+    views = {view.key: view for view in observed.snapshot.instances}
+    ledger = observed.snapshot.ledger
+    for update in made.actions:
+        if update.verb is not Verb.UPDATE or update.spec is None:
+            continue
+        model_id = update.model_id
+        if views[str(update.key)].spec.version == update.spec.version:
+            raise Broken("I12", f"{model_id} is updated to what it is")
+        setting = update.spec.config.update
+        if update.mode is not Mode.RECREATE or setting == "recreate":
+            continue
+        if setting == "surge":
+            raise Broken("I11", f"{model_id} has update: surge, and is recreated")
+        others = {
+            f"{a.model_id} ({a.verb})": (a.device, a.mb)
+            for a in made.actions
+            if a.verb in (Verb.UPDATE, Verb.LOAD) and a is not update
+        }
+        taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
+        room = Room({**taken, **others}, ledger.budgets_mb, ledger.max_models)
+        if any(room.fits(device, update.mb, ()) for device in wanted[model_id].devices):
+            raise Broken("I11", f"{model_id} is recreated, and its new version fits beside the old")
+
+
+def _as_wanted(view: InstanceView, wanted: Mapping[str, Wanted]) -> InstanceView:
+    """Priority counts as it is declared now; pinned is who is, or has been until now."""
+    known = wanted.get(view.model_id)
+    if known is None or view.owner is not Owner.DIRECTORY:
+        return view
+    now, before = known.spec.config, view.spec.config
+    if now.priority == before.priority and now.pinned == before.pinned:
+        return view
+    changes = {"priority": now.priority, "pinned": now.pinned or before.pinned}
+    config = before.model_copy(update=changes)
+    return replace(view, spec=replace(view.spec, config=config))
+
+
 def _newcomer(load: Action, wanted: Mapping[str, Wanted], observed: Observed) -> Wanted:
     """The wanted version, or what served before it and is loaded again."""
     assert load.spec is not None
@@ -71,12 +110,15 @@ def _newcomer(load: Action, wanted: Mapping[str, Wanted], observed: Observed) ->
     return observed.fallbacks[load.model_id]
 
 
-def _turn(wanted: Mapping[str, Wanted], observed: Observed, load: Action) -> tuple[bool, int, str]:
-    """Where a load stands in line: what failed comes last, higher priority first, then by id."""
+def _turn(
+    wanted: Mapping[str, Wanted], observed: Observed, load: Action
+) -> tuple[bool, int, float, str]:
+    """Where a load stands in line: what failed last, higher priority first, the latest demand first."""
     assert load.spec is not None
     attempt = observed.attempts.get(load.model_id)
     failed = attempt is not None and attempt.concerns(load.spec)
-    return (failed, -wanted[load.model_id].spec.config.priority, load.model_id)
+    demanded_s = _newcomer(load, wanted, observed).demanded_s
+    return (failed, -wanted[load.model_id].spec.config.priority, -demanded_s, load.model_id)
 
 
 def _victims_for(load: Action, made: Plan) -> list[str]:

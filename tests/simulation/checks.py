@@ -1,4 +1,4 @@
-"""What must hold after every step: I1, I3, I6, I10 to I12, I14, I16 to I20, one method each.
+"""What must hold after every step, turn, load and transition; the package's text says which property when.
 
 The checks look at the product's data and never at how it decides; what they compare with (budgets,
 demands, failures, what is in memory) is counted by the simulation itself. The rules for desired state are
@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from simulation.admission import check_evictions
+from simulation.admission import check_evictions, check_updates
 from simulation.machine import Broken
-from simulation.models import weights_now
+from simulation.models import fingerprint_now, weights_now
 from simulation.node import Node
 from simulation.retries import Retries
+from simulation.words import action_words, plan_words
 from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.lifecycle import EDGES, Owner, State
 from splitlearn_manager.desired.state import DesiredState
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from simulation.episode import Episode
 
 EPSILON = 1e-6
+UNDECIDED_SETTLES = 20
+"""For so many settle times what was accepted before a restart, and is not declared, is not loaded."""
+
 OVERDUE_S = 5.0
 """How late a load may be given up: the loop is late at times."""
 
@@ -69,6 +73,8 @@ class Checks:
         self.last_count = 0
         self.planned: Planned | None = None
         self.evicted: dict[str, float] = {}
+        self._least_settle_s = float("inf")
+        self._began_known = self._episode.state_is_known
 
     # After every step.
 
@@ -166,7 +172,9 @@ class Checks:
             why_not = self.retries.why_not_now(instance.spec, node.machine.t)
             if why_not is not None:
                 node.machine.violated("I14", why_not)
+            self.retries.begun(instance.spec)
             self._is_declared(node, model_id)
+            self._weights_stood_still(node, instance)
         elif event.kind is EventKind.LOADED:
             self._loaded(node, instance)
         elif event.kind is EventKind.LOAD_FAILED:
@@ -184,12 +192,37 @@ class Checks:
 
     def _is_declared(self, node: Node, model_id: str) -> None:
         """I5: what an earlier process had accepted is not loaded while it may be gone."""
-        oracle, t = self._episode.oracle, node.machine.t
-        known = oracle.may_mean.get(model_id)
-        is_early = t - node.started_at < node.source.settle_s - EPSILON
-        is_gone = known is not None and not known.value and model_id not in oracle.suspended
-        if is_early and is_gone and oracle.truth.whole.value[0] is not None:
+        oracle = self._episode.oracle
+        meant = oracle.may_mean.get(model_id)
+        # A crash in the turn that wrote the suspension down leaves it open whether it counts.
+        if meant is None or meant.value or model_id in oracle.ever_suspended:
+            return
+        if not self._began_known:
+            return  # it may have been confirmed, or guarded, for all that anybody knows
+        age_s = node.machine.t - node.started_at
+        settle_s = min(self._least_settle_s, node.source.settle_s)
+        if age_s < settle_s - EPSILON:
+            is_doubtful = oracle.truth.whole.value[0] is not None
+        else:
+            # Not meant since the process began, by files of which each can be read and understood.
+            # (A directory that cannot be looked at once is away: then all that is known is desired.)
+            is_doubtful = age_s < UNDECIDED_SETTLES * settle_s - EPSILON
+            is_doubtful = is_doubtful and meant.since <= node.started_at and oracle.is_plain
+            is_doubtful = is_doubtful and not any(model_id in ids for ids in oracle.guards.values())
+            is_doubtful = is_doubtful and node.machine.scan_faults == node.scan_faults_before
+        if is_doubtful:
             node.machine.violated("I5", f"{model_id} is loaded, and no file declares it")
+
+    def _weights_stood_still(self, node: Node, instance: Any) -> None:
+        """I7: no version of the weights is loaded that may still be on its way."""
+        since = self._episode.world.weights.since(instance.config.model_path)
+        least_s = min(self._least_settle_s, node.source.settle_s)
+        if since is None or node.machine.t - since >= least_s - EPSILON:
+            return
+        if fingerprint_now(node.machine, instance.config) == instance.spec.weights:
+            age_s = node.machine.t - since
+            message = f"{instance!r} is loaded from weights that have been so for {age_s:.3f} s"
+            node.machine.violated("I7", message)
 
     def _loaded(self, node: Node, instance: Any) -> None:
         """I18: what serves was made of the files as they are."""
@@ -210,17 +243,21 @@ class Checks:
 
     def turn(self, node: Node, turn: Turn) -> None:
         planned, self.planned = self.planned, None
+        self._least_settle_s = min(self._least_settle_s, node.source.settle_s)
         self._in_planned_order(turn)
         for action in turn.executed:
             self._allowed(node, turn.desired, action)
+            if action.verb in (Verb.LOAD, Verb.UPDATE) and action.spec is not None:
+                self.retries.started(action.spec)
         self._given_up_in_time(node)
         if turn.changed:
-            self.retries.check_counters(node.loop._memory.attempts)
+            self.retries.check_counters(node.loop._memory.attempts, node.clock.now())
             if self._rng.random() < 0.5:
                 self._ready_means_ready(node, turn)
         if planned is not None:
             if turn.executed:
                 check_evictions(planned.wanted, planned.observed, planned.made)
+                check_updates(planned.wanted, planned.observed, planned.made)
             if turn.executed or self._rng.random() < 0.05:
                 self._same_in_any_order(planned)
 
@@ -229,7 +266,9 @@ class Checks:
         rest = iter(turn.plan.actions)
         for action in turn.executed:
             if action not in rest:
-                raise Broken("I17", f"{action} was executed, and not planned, or not then")
+                raise Broken(
+                    "I17", f"{action_words(action)} was executed, and not planned, or not then"
+                )
 
     def _allowed(self, node: Node, desired: DesiredState, action: Action) -> None:
         """I6: nothing desired is unloaded; nobody else's models are touched; suspended ones rest."""
@@ -237,12 +276,14 @@ class Checks:
         if action.verb is Verb.UNLOAD and (
             model_id in desired.models or model_id in desired.undecided
         ):
-            raise Broken("I6", f"{model_id} is desired, and was unloaded: {action}")
+            raise Broken("I6", f"{model_id} is desired, and was unloaded: {action_words(action)}")
         if action.key is not None and self.owners.get(action.key) is Owner.API:
-            raise Broken("I6", f"{model_id} was loaded through the Python API: {action}")
+            raise Broken(
+                "I6", f"{model_id} was loaded through the Python API: {action_words(action)}"
+            )
         model = desired.models.get(model_id)
         if model is not None and model.suspended and action.verb in (Verb.UPDATE, Verb.ADJUST):
-            raise Broken("I6", f"{model_id} is suspended: {action}")
+            raise Broken("I6", f"{model_id} is suspended: {action_words(action)}")
 
     def _given_up_in_time(self, node: Node) -> None:
         """I3: no load hangs for ever."""
@@ -294,8 +335,8 @@ class Checks:
         if again.actions != planned.made.actions or again.waiting != planned.made.waiting:
             raise Broken(
                 "I1",
-                f"the same in another order is planned differently: {planned.made.actions} and "
-                f"{again.actions}",
+                "the same in another order is planned differently: "
+                f"{plan_words(planned.made)} and {plan_words(again)}",
             )
 
     def forget(self, model_id: str) -> None:

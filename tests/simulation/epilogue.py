@@ -1,6 +1,7 @@
-"""What is asked of a node at rest: a request for a parked model, a dry run, a dry run of a change.
+"""What is asked of a node at rest: requests, one for a parked model among them, dry runs, the status.
 
 I17: a dry run beside the node calls nothing, and what is executed afterwards is what it said, in order.
+I19: use of what serves swaps nothing.
 I3: a request brings an evicted model back, where there is, or can be made, room for it.
 """
 
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import json
 from random import Random
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.admission import Room
 from simulation.machine import Broken
@@ -16,6 +17,7 @@ from simulation.models import Files, Resources
 from simulation.node import Node
 from simulation.script import FILES
 from simulation.texts import IDS, ROOT, some_doc, text_of
+from simulation.words import actions_words
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.source import DesiredSource
@@ -41,6 +43,7 @@ def play_epilogue(episode: Episode) -> None:
     node = episode.node
     assert node is not None
     _status_can_be_told(node)
+    _use_swaps_nothing(episode, node)
     _request_brings_back(episode, node)
     assert node.last is not None
     desired = node.last.desired
@@ -56,6 +59,26 @@ def _status_can_be_told(node: Node) -> None:
     for described in status.models():
         if status.explain(str(described["model_id"])) is None:
             raise Broken("I18", f"{described['model_id']} is described and cannot be explained")
+
+
+def _use_swaps_nothing(episode: Episode, node: Node) -> None:
+    """I19: requests for models that serve load nothing and evict nobody."""
+    serving = sorted(node.manager.table.by_model)
+    own_time = {i.model_id for i in node.instances if i.config.keep_alive_s is not None}
+    own_time |= set(node.loop._memory.attempts)
+    if not serving:
+        return
+    done = len(episode.done)
+    for _ in range(2):
+        for model_id in serving:
+            if model_id in node.manager.table.by_model:
+                node.request(model_id, 0.5, 1.0)
+        episode.let_pass(2.0)
+    for verb, model_id, mode, detail in episode.done[done:]:
+        if not own_time & {model_id, str(detail).removeprefix("makes room for ")}:
+            words = f"{verb}{f' by {mode}' if mode else ''} {model_id} ({detail})"
+            raise Broken("I19", f"only models that serve are used, and {words}")
+    episode.come_to_rest()
 
 
 def _request_brings_back(episode: Episode, node: Node) -> None:
@@ -89,16 +112,18 @@ def _could_be_brought_back(node: Node, model_id: str) -> bool:
     taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
     room = Room(taken, ledger.budgets_mb, ledger.max_models)
     desired = node.last.desired.models
-    may_go = {
-        i.key
-        for i in node.instances
-        if i.owner is Owner.DIRECTORY
-        and i.state is State.READY
-        and i.config.priority <= model.config.priority
-        and not i.config.pinned
-        and not (i.model_id in desired and desired[i.model_id].suspended)
-    }
+    may_go = {i.key for i in node.instances if _may_go(i, desired.get(i.model_id), model)}
     return any(room.fits(device, wanted.mb, may_go) for device in wanted.devices)
+
+
+def _may_go(instance: Any, declared: DesiredModel | None, newcomer: DesiredModel) -> bool:
+    """Priority and pinned count as they are declared now, whichever version serves."""
+    config = declared.config if declared is not None else instance.config
+    if instance.owner is not Owner.DIRECTORY or instance.state is not State.READY:
+        return False
+    if config.pinned or instance.config.pinned or (declared is not None and declared.suspended):
+        return False
+    return bool(config.priority <= newcomer.config.priority)
 
 
 def dry_run(episode: Episode, node: Node) -> Plan:
@@ -130,7 +155,7 @@ def dry_run(episode: Episode, node: Node) -> Plan:
 def _dry_run_of_nothing(episode: Episode, node: Node) -> None:
     made = dry_run(episode, node)
     if made.actions:
-        raise Broken("I17", f"a dry run at rest plans {made.actions}")
+        raise Broken("I17", f"a dry run at rest plans: {actions_words(made.actions)}")
 
 
 def _dry_run_of_a_change(episode: Episode, node: Node, rng: Random) -> None:
@@ -149,7 +174,11 @@ def _dry_run_of_a_change(episode: Episode, node: Node, rng: Random) -> None:
     plans = episode.plans_during(4 * node.source.settle_s)
     done = [_essence(action) for action in plans[0].actions] if plans else []
     if foretold != done:
-        raise Broken("I17", f"foretold were {foretold}, planned was {done}")
+        raise Broken("I17", f"foretold were {_told(foretold)}, planned was {_told(done)}")
+
+
+def _told(essences: list[tuple[object, ...]]) -> str:
+    return "; ".join(" ".join(str(e) for e in found if e) for found in essences) or "nothing"
 
 
 def _may_be_another_then(model: DesiredModel) -> bool:

@@ -21,10 +21,11 @@ from simulation.models import ModelLab
 from simulation.node import Node
 from simulation.oracle import Accepted, Oracle, accepted_of
 from simulation.patching import patched
-from simulation.rest import check_rest
+from simulation.rest import check_rest, check_seen
 from simulation.script import Act, Script
 from simulation.texts import remembered_parsing
 from simulation.truth import Truth
+from simulation.words import action_words, actions_words, plan_words
 from simulation.world import World
 from splitlearn_manager.core.events import ManagerEvent
 from splitlearn_manager.core.lifecycle import Owner, State
@@ -61,7 +62,8 @@ class Episode:
         node: the running process; None while it is down.
         hearing: what becomes of events about files: well, deaf, slow.
         done: verb, model, mode and detail of all that was executed; done_at_rest: until all was calm.
-        races: what others do between planning and execution.
+        races: what others do between planning and execution; each says whether that plan is its moment.
+        state_is_known: what the next start finds on the disk is known.
         restart_after: (seconds, with a reboot) that the next crash takes.
     """
 
@@ -71,6 +73,7 @@ class Episode:
         self.machine = Machine(lists_stats=self.settings.seed % 2 == 0)
         self.lab = ModelLab(self.machine)
         self.lab.meanwhile = self._meanwhile
+        self.state_is_known = True
         self.checks = Checks(self, Random(f"{self.settings.seed}/checks"))
         self.oracle = Oracle(Truth(self.machine.fs))
         self.node: Node | None = None
@@ -79,7 +82,7 @@ class Episode:
         self.restart_after = (0.0, False)
         self.done: list[tuple[object, ...]] = []
         self.done_at_rest: tuple[tuple[object, ...], ...] = ()
-        self.races: list[Callable[[], None]] = []
+        self.races: list[Callable[[Plan], bool]] = []
         self.lives = 0
         self._booted_at = 0.0
         self._runs = False
@@ -88,7 +91,6 @@ class Episode:
         self._kept: dict[str, tuple[Accepted | None, ...]] = {}
         self._attempt: dict[str, Accepted] = {}
         self._kept_suspended: frozenset[str] = frozenset()
-        self._state_is_known = True
         self._spoiled = False
         self._plans: list[Plan] = []
         self._turns_at_once = 0
@@ -131,13 +133,15 @@ class Episode:
         self.machine.no_more_faults()
         self.races.clear()
         self.lab.no_more_faults()
+        self.hearing = "deaf"
         self.world.directory.move_back()
         self.world.directory.make_root()
-        self.hearing = "well"
         if self.settings.tidy:
             self.world.put_right()
-        self.files_changed()
+        self.oracle.changed(self.machine.t)
         self.let_pass(50.0)
+        check_seen(self)
+        self.hearing = "well"
         self.come_to_rest()
         if self.settings.tidy:
             check_rest(self)
@@ -165,7 +169,7 @@ class Episode:
             if last.settled and not busy:
                 return
             if self.machine.t > until:
-                raise Broken("I3", f"no rest after {REST_WITHIN_S:g} s: {last.plan}")
+                raise Broken("I3", f"no rest after {REST_WITHIN_S:g} s; {plan_words(last.plan)}")
 
     def _passes_by_itself(self, node: Node) -> bool:
         """Something waits for its time, and not for ever again: a passing failure, a limit, keep_alive_s."""
@@ -174,7 +178,8 @@ class Episode:
             model = node.last.desired.models.get(waiting.model_id)
             if waiting.until_s is None or model is None or model.weights_problem is not None:
                 continue
-            if model.config.config.kwargs.get("fail") is None:
+            passes = model.config.config.kwargs.get("fail") is None
+            if passes or waiting.reason == "RateLimited":
                 return True
         return False
 
@@ -189,8 +194,9 @@ class Episode:
             self._turn(node)
             assert node.last is not None
             for action in node.last.executed:
-                if action.model_id not in failing | parked_by_time:
-                    raise Broken("I2", f"nothing happens, and {_words(action)}")
+                concerned = {action.model_id, action.detail.removeprefix("makes room for ")}
+                if not concerned & (failing | parked_by_time):
+                    raise Broken("I2", f"nothing happens, and {action_words(action)}")
         self._nothing_outstays(node)
         self.let_pass(0.0)
         self.come_to_rest()
@@ -248,9 +254,7 @@ class Episode:
             raise Broken("I2", f"{TURNS_AT_ONCE} turns without time passing")
         if turn.executed:
             self.done += [(a.verb, a.model_id, a.mode, a.detail) for a in turn.executed]
-            self.machine.tell(
-                "node", lambda: "turn: " + "; ".join(_words(a) for a in turn.executed)
-            )
+            self.machine.tell("node", lambda: f"turn: {actions_words(turn.executed)}")
         self.checks.turn(node, turn)
         self._note_kept(node, turn)
         self._after_step()
@@ -278,6 +282,12 @@ class Episode:
             raise
         finally:
             self._depth -= 1
+
+    def _race(self, made: Plan) -> None:
+        for number, race in enumerate(self.races):
+            if race(made):
+                del self.races[number]
+                return
 
     def work_at_once(self) -> None:
         """The oldest piece of work that waits runs now."""
@@ -310,12 +320,12 @@ class Episode:
         self._spoiled = False
         self.lab.new_process()
         self.checks.new_process()
-        if not self._state_is_known:
+        if not self.state_is_known:
             self.checks.good.clear()
-        kept = self._kept_suspended if self._state_is_known else frozenset()
+        kept = self._kept_suspended if self.state_is_known else frozenset()
         self.oracle.suspended &= kept
         self.oracle.truth.see(self.machine.t)
-        self.oracle.begin_process(self._kept, is_known=self._state_is_known)
+        self.oracle.begin_process(self._kept, is_known=self.state_is_known)
         self.machine.tell("node", f"starts, process {self.lives}")
         self._runs = True
         try:
@@ -353,7 +363,7 @@ class Episode:
 
     def state_damaged(self, *, spoiled: bool) -> None:
         """Files of state_dir are gone (which a look notices), or spoiled (which only a start does)."""
-        self._state_is_known = False
+        self.state_is_known = False
         self._spoiled = self._spoiled or spoiled
 
     def _watch_looks(self, node: Node) -> None:
@@ -400,7 +410,7 @@ class Episode:
         if node.keeps_state:
             self._kept = {m: (found,) for m, found in self._attempt.items()}
             self._kept_suspended = frozenset(self.oracle.suspended)
-            self._state_is_known = self._state_is_known or (turn.looked and not self._spoiled)
+            self.state_is_known = self.state_is_known or (turn.looked and not self._spoiled)
 
     def _tell_desired(self, after: DesiredState) -> None:
         before = self.oracle.managed
@@ -461,18 +471,9 @@ class Episode:
             self.checks.planned = Planned(desired, observed, made)
             if made.actions:
                 self._plans.append(made)
-            if made.actions and self.races:
-                self.machine.tell(
-                    "world", "races with the loop, which has planned and not acted yet"
-                )
-                self.races.pop(0)()
+            if made.actions:
+                self._race(made)
             return made
 
         with patched(reconciler, "plan", recorded):
             yield
-
-
-def _words(action: object) -> str:
-    verb, model_id = getattr(action, "verb", ""), getattr(action, "model_id", "")
-    mode, detail = getattr(action, "mode", None), getattr(action, "detail", "")
-    return f"{verb}{f' by {mode}' if mode else ''} {model_id} ({detail})"

@@ -7,6 +7,7 @@ besides. What was done to the first ones, in order, must be the same in both.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import takewhile
 from random import Random
 
 from simulation.episode import Episode, Outcome
@@ -35,13 +36,19 @@ def play_pair(seed: int) -> Outcome:
     before = [done for done in expected.done_at_rest if done[1] in others]
     after = [done for done in episode.done_at_rest if done[1] in others]
     if broken is None and before != after:
-        at = next((n for n, (a, b) in enumerate(zip(before, after, strict=False)) if a != b), -1)
+        same = sum(
+            1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, after, strict=False))
+        )
         broken = Broken(
             "I13",
-            f"trouble with {TROUBLED} changes what is done to others, from number {at} on: "
-            f"{before} without, {after} with it",
+            f"trouble with {TROUBLED} changes what is done to others; after {same} times the same, "
+            f"without it: {_told(before[same:])}; with it: {_told(after[same:])}",
         )
     return replace(outcome, steps=steps, broken=broken)
+
+
+def _told(done: list[tuple[object, ...]]) -> str:
+    return "; ".join(" ".join(str(e) for e in found if e) for found in done) or "nothing"
 
 
 def make_pair(seed: int) -> tuple[Script, Script]:

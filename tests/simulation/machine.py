@@ -13,9 +13,11 @@ import errno
 import heapq
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+from simulation.texts import ROOT
 from support.fake_fs import FakeFileSystem
 
 WALL_S = 1_700_000_000.0
@@ -81,6 +83,7 @@ class Machine:
         self._order = itertools.count()
         self._fs_errors: list[int] = []
         self._in_mid_scan: list[tuple[int, Callable[[], None]]] = []
+        self._in_each_scan: list[tuple[int, Callable[[], None]]] = []
 
     # Telling.
 
@@ -122,6 +125,15 @@ class Machine:
             self.fs.advance(t - self.t)
             self.t = t
 
+    @contextmanager
+    def unseen(self) -> Iterator[None]:
+        """Whoever looks at the files within the block is no part of the node: nothing goes wrong."""
+        self.fs.before = None
+        try:
+            yield
+        finally:
+            self.fs.before = self._before_fs_call
+
     # Effects, and what can go wrong with them.
 
     def effect(self, kind: str) -> None:
@@ -153,18 +165,25 @@ class Machine:
         """Something happens to the files during a scan, `after` further calls."""
         self._in_mid_scan.append((after, change))
 
+    def change_in_each_scan(self, scans: int, after: int, change: Callable[[], None]) -> None:
+        """The same in each of the next `scans` scans, `after` calls from the listing of the root."""
+        self._in_each_scan += [(after, change)] * scans
+
     def no_more_faults(self) -> None:
         self.crash_at = None
         self._fs_errors.clear()
         for _, change in self._in_mid_scan:
             change()
         self._in_mid_scan.clear()
+        self._in_each_scan.clear()
         for path in list(self.fs._faults):
             self.fs.heal(path)
         self.state.heal()
 
     def _before_fs_call(self, call: str, path: str) -> None:
         self.effect("file")
+        if self._in_each_scan and (call, path) == ("list_dir", ROOT):
+            self._in_mid_scan.append(self._in_each_scan.pop(0))
         if self._in_mid_scan:
             due = [change for left, change in self._in_mid_scan if left <= 0]
             self._in_mid_scan = [(left - 1, do) for left, do in self._in_mid_scan if left > 0]

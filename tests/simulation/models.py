@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from simulation.machine import Machine
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.config.model_source import resolve_source
+from splitlearn_manager.config.model_source import fingerprint, resolve_source
 from splitlearn_manager.core.model_files import ModelFiles
 from splitlearn_manager.core.resource_manager import ResourceManager
 from splitlearn_manager.errors import (
@@ -52,15 +52,19 @@ class Fate:
         kind: ok · fail · terminal · untrusted · memory · exit · lie
         takes_s: until its work runs; beyond load_timeout_s it hangs, and comes back late.
         meanwhile_s: time that passes, with all that happens in it, in the middle of reading.
+        rewritten: the weights become others in the middle of reading.
     """
 
     kind: str = "ok"
     takes_s: float = 0.05
     meanwhile_s: float = 0.0
+    rewritten: bool = False
 
     def __str__(self) -> str:
         words = f"{self.kind} after {self.takes_s:g} s"
-        return f"{words}, {self.meanwhile_s:g} s of it in mid-read" if self.meanwhile_s else words
+        if self.meanwhile_s:
+            words += f", {self.meanwhile_s:g} s of it in mid-read"
+        return f"{words}, its weights rewritten meanwhile" if self.rewritten else words
 
 
 @dataclass(frozen=True)
@@ -162,6 +166,7 @@ class ModelLab:
         open: models in memory.
         attempts: (model_id, at, version) of loads that have begun to run, oldest first.
         meanwhile: lets time pass in the middle of a load.
+        on_rewrite: called when weights have become others in the middle of a load.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -172,6 +177,7 @@ class ModelLab:
         self.closes_that_raise = 0
         self.close_takes_s = 0.02
         self.meanwhile: Callable[[float], None] = lambda seconds: None
+        self.on_rewrite: Callable[[], None] = lambda: None
         self._at_work: list[Work] = []
 
     def new_process(self) -> None:
@@ -212,6 +218,8 @@ class ModelLab:
         fate = item.fate
         path = resolve_source(config, self.machine.fs).path
         data = read_weights(self.machine, str(path))
+        if fate.rewritten:
+            self._rewrite(str(path))
         if fate.meanwhile_s:
             self.meanwhile(fate.meanwhile_s)
             self.machine.effect("load")
@@ -226,6 +234,13 @@ class ModelLab:
         running = Running(self, item.key, config, device, data, mb)
         self.open.append(running)
         return running
+
+    def _rewrite(self, path: str) -> None:
+        fs = self.machine.fs
+        file = f"{path}/part1" if fs._follow(path).kind == "dir" else path
+        self.machine.tell("world", f"{file} is rewritten while it is read")
+        fs.write(file, weights(20, 11))
+        self.on_rewrite()
 
 
 def _raise_what_fate_says(kind: str, config: ModelConfig) -> None:
@@ -256,11 +271,21 @@ def read_weights(machine: Machine, path: str) -> bytes:
 
 def weights_now(machine: Machine, config: ModelConfig) -> bytes | None:
     """What the files behind a config hold; None if they cannot be read."""
-    try:
-        path = resolve_source(config, machine.fs).path
-        return read_weights(machine, str(path))
-    except SplitlearnError:
-        return None
+    with machine.unseen():
+        try:
+            path = resolve_source(config, machine.fs).path
+            return read_weights(machine, str(path))
+        except SplitlearnError:
+            return None
+
+
+def fingerprint_now(machine: Machine, config: ModelConfig) -> str | None:
+    """What the node would call the files behind a config; None if there are none."""
+    with machine.unseen():
+        try:
+            return fingerprint(resolve_source(config, machine.fs), machine.fs)
+        except SplitlearnError:
+            return None
 
 
 class Files(ModelFiles):

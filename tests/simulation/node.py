@@ -71,6 +71,7 @@ class Node:
     Attributes:
         due_at: when the next turn is due, unless it is woken.
         last: the latest turn.
+        scan_faults_before: calls of the file system that had failed when it started.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class Node:
         )
         self._settings = LiveSettings(config, stand_in)
         self.started_at = machine.t
+        self.scan_faults_before = machine.scan_faults
         self.due_at = machine.t
         self.last: Turn | None = None
         self._quiet_turns = 0

@@ -48,9 +48,11 @@ class Oracle:
         either: for some ids after a restart, all that may have been on the disk.
         ever: all that was accepted once.
         claims: for each file, the ids that it surely was known to declare.
+        claimed_before: those that earlier processes knew, which may have been kept.
         guards: ids by the digest that the node gave for them.
         confirmed: ids whose going somebody confirmed.
         suspended: ids that people had suspended by the last look, and have not resumed.
+        ever_suspended: ids that people suspended once.
     """
 
     def __init__(self, truth: Truth) -> None:
@@ -60,9 +62,11 @@ class Oracle:
         self.either: dict[str, tuple[Accepted, ...]] = {}
         self.ever: dict[str, dict[Accepted, None]] = {}
         self.claims: dict[str, set[str]] = {}
+        self.claimed_before: dict[str, set[str]] = {}
         self.guards: dict[str, frozenset[str]] = {}
         self.confirmed: frozenset[str] = frozenset()
         self.suspended: set[str] = set()
+        self.ever_suspended: set[str] = set()
         self.may_mean: dict[str, History[bool]] = {}
         self._first_seen: dict[str, tuple[object, float]] = {}
         self._first_clean: dict[str, tuple[object, float]] = {}
@@ -92,6 +96,20 @@ class Oracle:
             return claimed
         return _says(name.rpartition("/")[0], value, model_id, claimed)
 
+    @property
+    def is_plain(self) -> bool:
+        """The directory was there at each look of this process, and all that its files say is valid."""
+        whole = self.truth.whole
+        if self._first_look is None or not whole.value[1]:
+            return False
+        if whole.since > self._first_look + EPSILON_S or self.truth.unreadable:
+            return False
+        for name, history in self.truth.files.items():
+            value = history.value
+            if value is not None and (isinstance(value, str) or meaning_of(name, value).faulty):
+                return False
+        return True
+
     # A process.
 
     def begin_process(
@@ -112,9 +130,12 @@ class Oracle:
         else:
             self.managed = {}
             self.either = {model_id: tuple(found) for model_id, found in self.ever.items()}
-        self.claims = {}
+        for name, ids in self.claims.items():
+            self.claimed_before.setdefault(name, set()).update(ids)
+        # What a model was last accepted from may have been gone for long when others were in conflict.
+        before, self.claims = self.claims, {}
         for model_id, known in self.managed.items():
-            if model_id not in self.either:
+            if model_id not in self.either and model_id in before.get(known.file, ()):
                 self.claims.setdefault(known.file, set()).add(model_id)
         self.managed_since = dict.fromkeys(self.managed, -1e9)
         self.may_mean.clear()
@@ -247,7 +268,9 @@ class Oracle:
         missing = [
             model_id
             for model_id, known in self.managed.items()
-            if not self.may_mean[model_id].value and not known.suspended
+            if not self.may_mean[model_id].value
+            and not known.suspended
+            and not self._may_be_kept_by_a_broken_file(model_id)
         ]
         for model_id in missing:
             absent = self.truth.files.get(self.managed[model_id].file)
@@ -256,20 +279,31 @@ class Oracle:
             if self.may_mean[model_id].since > t - settle_s + EPSILON_S:
                 raise Broken("I9", f"{gone} went, while {model_id} had left for less than settle_s")
         left_at = min((self.may_mean[i].since for i in missing), default=t)
-        # What was accepted while the others were going may have taken their place.
-        total = sum(
+        # What was accepted while the others were going may have taken their place, or not.
+        settled = sum(
             i in missing or self.managed_since.get(i, left_at) <= left_at - settle_s
             for i in self.managed
         )
         many = max(len(missing), len(gone))
-        if total >= 3 and many * 100 > percent * total:
+        if all(n >= 3 and many * 100 > percent * n for n in (settled, len(self.managed))):
             unconfirmed = [model_id for model_id in gone if model_id not in self.confirmed]
             if unconfirmed:
                 raise Broken(
                     "I9",
-                    f"{gone} went: {many} of {total} with a guard of {percent:g} %, and nobody "
+                    f"{gone} went: {many} of {settled} with a guard of {percent:g} %, and nobody "
                     f"confirmed {unconfirmed}",
                 )
+
+    def _may_be_kept_by_a_broken_file(self, model_id: str) -> bool:
+        """A file that nobody can understand, and that declared the id to an earlier process."""
+        names = {name for name, ids in self.claimed_before.items() if model_id in ids}
+        for name in (*names, self.managed[model_id].file):
+            history = self.truth.files.get(name)
+            if history is None or history.value is None:
+                continue
+            if isinstance(history.value, str) or meaning_of(name, history.value).faulty:
+                return True
+        return False
 
     # What files are known to say.
 
@@ -277,7 +311,12 @@ class Oracle:
         """Ids are dropped where a look may have read the file, and added only where it surely did."""
         if not clean:
             self._first_clean.clear()
+        root, complete = self.truth.whole.value
+        if root is None:
+            return
         for name, history in self.truth.files.items():
+            if name not in self.truth.marks and not complete:
+                continue
             mark = (self.truth.marks.get(name), history.value)
             since = _first(self._first_seen, name, mark, t)
             surely_since = _first(self._first_clean, name, mark, t) if clean else t

@@ -8,10 +8,14 @@ from contextlib import contextmanager
 
 @contextmanager
 def patched(owner: object, name: str, value: object) -> Iterator[None]:
-    """`owner.name` is `value` until the end of the block."""
-    before = vars(owner)[name]
+    """`owner.name` is `value` until the end of the block; a module may hide a built-in by it."""
+    nothing = object()
+    before = vars(owner).get(name, nothing)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if before is nothing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,4 +1,4 @@
-"""What must be true once all faults are over and nothing happens any more: I2, I3, I4, I5, I15, no leaks.
+"""What must be true once all faults are over and nothing happens any more.
 
 What is desired follows from the files alone, where no doubt is left (`_desired_as_declared`); what serves
 follows from what is desired, where it can be loaded and has room (`_serves_as_desired`).
@@ -13,6 +13,7 @@ from simulation.machine import Broken
 from simulation.models import weights_now
 from simulation.node import Node
 from simulation.oracle import meaning_of
+from simulation.words import model_words, plan_words, spec_words
 from splitlearn_manager.config.model_source import fingerprint, resolve_source
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.desired.state import DesiredModel, DesiredState
@@ -35,7 +36,7 @@ def check_rest(episode: Episode) -> None:
     assert node.last is not None
     desired = node.last.desired
     if not desired.source_available or not desired.complete or desired.undecided:
-        raise Broken("I3", f"the directory is there, and not known yet: {desired}")
+        raise Broken("I3", f"the directory is there, and not known yet; {_doubt(desired)}")
     for model_id in sorted({*episode.settings.ids, *desired.models}):
         _desired_as_declared(episode, desired, model_id)
     _nothing_leaked(node)
@@ -44,6 +45,23 @@ def check_rest(episode: Episode) -> None:
     for instance in node.instances:
         if instance.owner is Owner.DIRECTORY and instance.model_id not in desired.models:
             raise Broken("I3", f"{instance!r} serves, and is not desired")
+
+
+def _doubt(desired: DesiredState) -> str:
+    there = "there" if desired.source_available else "away"
+    return f"to the node it is {there}, complete: {desired.complete}, undecided: {[*desired.undecided]}"
+
+
+def check_seen(episode: Episode) -> None:
+    """I4: what changed last is known, though no event told of it. Raises Broken."""
+    node = episode.node
+    assert node is not None
+    assert node.last is not None
+    try:
+        for model_id in sorted({*episode.settings.ids, *node.last.desired.models}):
+            _desired_as_declared(episode, node.last.desired, model_id)
+    except Broken as broken:
+        raise Broken("I4", f"after a while without events: {broken.message}") from None
 
 
 def _desired_as_declared(episode: Episode, desired: DesiredState, model_id: str) -> None:
@@ -69,11 +87,11 @@ def _desired_as_declared(episode: Episode, desired: DesiredState, model_id: str)
     elif len(declared) == 1 and not doubtful:
         name, spec = declared[0]
         if model is None or model.spec_hash != spec or model.held is not None:
-            raise Broken("I15", f"{name} declares {model_id}, and accepted is {model}")
+            raise Broken("I15", f"{name} declares {model_id}, and accepted is {model_words(model)}")
     elif not declared and not doubtful and model is not None:
         guard = desired.prune_guard
         if guard is None or model_id not in guard.model_ids:
-            raise Broken("I15", f"no file declares {model_id}, and desired is {model}")
+            raise Broken("I15", f"no file declares {model_id}, and desired is {model_words(model)}")
 
 
 def _nothing_leaked(node: Node) -> None:
@@ -115,8 +133,8 @@ def _serves_as_desired(episode: Episode, node: Node, model_id: str, model: Desir
         raise Broken(
             "I3",
             f"{model_id} is desired at generation {model.generation}, and "
-            f"{serving.spec if serving is not None else 'nothing'} serves; "
-            f"{node.last.plan if node.last else None}",
+            f"{spec_words(serving.spec if serving is not None else None)} serves; "
+            f"{plan_words(node.last.plan if node.last else None)}",
         )
 
 

@@ -32,6 +32,8 @@ class Failures:
         in_a_row: since anything that lets it be tried anew.
         in_all: since it last succeeded.
         excused: the next try need not wait.
+        started, begun: actions that were to load it, and loads of it that began; one that is to begin
+            in the place of another may find no room by then, which counts as a failure.
     """
 
     in_a_row: int = 0
@@ -39,6 +41,8 @@ class Failures:
     last_at: float = 0.0
     terminal: bool = False
     excused: bool = False
+    started: int = 0
+    begun: int = 0
 
 
 class Retries:
@@ -47,6 +51,14 @@ class Retries:
     def __init__(self) -> None:
         self._failures: dict[Version, Failures] = {}
         self._recent: dict[str, deque[float]] = {}
+
+    def started(self, spec: Any) -> None:
+        """An action that is to load the version was executed."""
+        self._failures.setdefault(_version(spec), Failures()).started += 1
+
+    def begun(self, spec: Any) -> None:
+        """A load of the version began."""
+        self._failures.setdefault(_version(spec), Failures()).begun += 1
 
     def succeeded(self, spec: Any, *, is_wanted: bool) -> None:
         """A version that serves ends its own row, and those of others unless it is a fallback."""
@@ -77,7 +89,7 @@ class Retries:
         if len(recent) >= RATE_LIMIT:
             return f"{spec.model_id} loads again after {len(recent)} failures in a minute"
         found = self._failures.get(_version(spec))
-        if found is None or found.excused:
+        if found is None or found.excused or found.in_a_row == 0:
             return None
         if found.terminal:
             return f"{spec.model_id} is tried again after a terminal failure"
@@ -89,14 +101,19 @@ class Retries:
             )
         return None
 
-    def check_counters(self, attempts: Any) -> None:
-        """The node's counters grow with attempts only. Raises Broken."""
+    def check_counters(self, attempts: Any, now_s: float) -> None:
+        """The node's counters grow with attempts only, and no wait is longer than the cap. Raises Broken."""
         for model_id, attempt in attempts.items():
             found = self._failures.get(_version(attempt.spec))
-            happened = found.in_all if found is not None else 0
+            happened = 0
+            if found is not None:
+                happened = found.in_all + max(0, found.started - found.begun)
             if attempt.failures > max(1, happened):
                 message = f"{model_id} counts {attempt.failures} failures, {happened} happened"
                 raise Broken("I14", message)
+            if attempt.retry_at_s is not None and attempt.retry_at_s - now_s > CAP_S + EPSILON_S:
+                wait_s = attempt.retry_at_s - now_s
+                raise Broken("I14", f"{model_id} is tried again in {wait_s:g} s; at most {CAP_S:g}")
 
 
 def _version(spec: Any) -> Version:

@@ -31,11 +31,18 @@ from simulation.texts import (
 )
 
 LAYOUTS = ("plain", "plain", "plain", "configmap", "git")
-FILES = ("a.yaml", "b.yaml", "c.yml", "sub/d.yaml", "e.yaml")
+FILES = ("a.yaml", "sub/b.yaml", "c.yml", "d.yaml", "e.yaml")
 LITTER = (".a.yaml.swp", "a.yaml~", "#a.yaml#", ".b.yaml", "4913", "a.yaml.bak", ".git/c.yaml")
 PAUSES = (0.0, 0.0, 0.02, 0.1, 0.2, 0.25, 0.3, 0.6, 1.0, 1.0, 2.0, 2.0, 5.0)
 LONG_PAUSES = (20.0, 70.0)
 FATES = ("fail", "fail", "terminal", "untrusted", "memory", "exit", "lie")
+RACES = (
+    "a request",
+    "a request for each that goes",
+    "work",
+    "Python's load",
+    "Python's unload",
+)
 EFFECTS = ("file", "state", "thread", "load", "close", "anything")
 
 
@@ -183,12 +190,13 @@ def _fates(deck: Deck) -> tuple[object, ...]:
 
 def _hang(deck: Deck) -> tuple[object, ...]:
     kind = deck.rng.choice(("ok", "ok", "fail", "lie"))
-    return deck.model_id(), Fates((Fate(kind, deck.seconds(3.0, 8.0, 50.0, 700.0)),))
+    return deck.model_id(), Fates((Fate(kind, deck.seconds(2.0, 4.0, 8.0, 20.0, 60.0)),))
 
 
 def _midway(deck: Deck) -> tuple[object, ...]:
     kind = deck.rng.choice(("ok", "ok", "fail"))
-    fate = Fate(kind, deck.seconds(0.0, 0.1), deck.seconds(0.02, 0.5, 2.0, 50.0))
+    rewritten = deck.rng.random() < 0.5
+    fate = Fate(kind, deck.seconds(0.0, 0.1), deck.seconds(0.02, 0.5, 2.0, 50.0), rewritten)
     return deck.model_id(), Fates((fate,))
 
 
@@ -269,7 +277,7 @@ KINDS: dict[str, Kind] = {
     "unreadable": Kind(
         3,
         "{0} cannot be read for {1:g} s",
-        lambda d: (d.rng.choice((*FILES, "sub", "")), d.seconds(0.1, 0.5, 3.0)),
+        lambda d: (d.rng.choice((*FILES, "sub", "sub", "")), d.seconds(0.1, 0.5, 3.0)),
         fault=True,
     ),
     "io_error": Kind(
@@ -282,6 +290,17 @@ KINDS: dict[str, Kind] = {
         3,
         "in the middle of a scan, {0} calls later, {1} becomes: {2}",
         lambda d: (d.rng.choice((0, 1, 3, 6, 10)), *_writes(d)),
+    ),
+    "mid_rename": Kind(
+        2,
+        "in the middle of a scan, {0} calls later, {1} is renamed to {2}",
+        lambda d: (d.rng.choice((0, 1, 2, 4, 7)), *_two_files(d)),
+    ),
+    "chase": Kind(
+        1,
+        "in each of the next {2} scans, {3} calls after it began, {0} becomes {1}, or the reverse",
+        lambda d: (*_two_files(d), d.rng.choice((3, 8)), d.rng.choice((1, 1, 2, 3))),
+        fault=True,
     ),
     "weights": Kind(
         5,
@@ -299,9 +318,9 @@ KINDS: dict[str, Kind] = {
     "request": Kind(8, "a request for {0} that takes {1:g} s and waits {2:g} s", _model_and_keep),
     "race": Kind(
         3,
-        "between the next plan and its execution: {0} of {1}",
+        "between a plan and its execution: {0}, of {1} if of any",
         lambda d: (
-            d.rng.choice(("a request", "a request", "work", "Python's unload")),
+            d.rng.choice(RACES),
             d.model_id(),
         ),
     ),
@@ -317,6 +336,11 @@ KINDS: dict[str, Kind] = {
     ),
     "noise": Kind(1, "an event about nothing", _nothing),
     "fates": Kind(5, "the next loads of {0}: {1}", _fates, fault=True),
+    "hammer": Kind(
+        1,
+        "people hammer at {0}: {1} versions that cannot be loaded, one each {2:g} s",
+        lambda d: (d.model_id(), d.rng.choice((4, 12)), d.seconds(0.5, 1.2, 3.0)),
+    ),
     "hang": Kind(3, "the next load of {0}: {1}", _hang, fault=True),
     "midway": Kind(3, "the next load of {0}: {1}", _midway, fault=True),
     "slow_close": Kind(

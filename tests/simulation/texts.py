@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[object, ...]] = {
     "max_memory_mb": (15, 40),
     "endpoint": ("shared",),
     "device": ("cpu", "auto", "cuda:0"),
-    "load_timeout_s": (5, 40),
+    "load_timeout_s": (3, 40),
     "drain_timeout_s": (2,),
     "weights": ("/weights/shared.pt", "/weights/dir", "/weights/link.pt", "/weights/nothing.pt"),
     "fail": ("fail", "terminal"),
@@ -52,6 +52,7 @@ class Doc:
             "model_id": self.model_id,
             "model_path": keys.pop("weights", f"/weights/{self.model_id}.pt"),
             "device": keys.pop("device", "cpu"),
+            "load_timeout_s": keys.pop("load_timeout_s", 6),
             **keys,
         }
         if kwargs:

@@ -7,19 +7,21 @@ completed, a directory that comes back) goes on the machine's agenda.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from simulation.directory import Directory
 from simulation.models import Fates, weights
 from simulation.script import FILES, Act
 from simulation.texts import IDS, ROOT, Doc, Text, text_of
+from simulation.weights_truth import WEIGHTS, WeightsTruth
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import SplitlearnError
+from splitlearn_manager.reconcile.actions import Plan, Verb
 
 if TYPE_CHECKING:
     from simulation.episode import Episode
-
-WEIGHTS = "/weights"
 
 
 class World:
@@ -30,6 +32,9 @@ class World:
         self._machine = episode.machine
         self._fs = episode.machine.fs
         self._make_weights()
+        self.weights = WeightsTruth(self._machine)
+        self.weights.changed()
+        episode.lab.on_rewrite = self.weights.changed
         self.directory = Directory(self._machine, episode.settings.layout, episode.files_changed)
 
     def act(self, act: Act) -> None:
@@ -61,6 +66,15 @@ class World:
 
     def _lie(self, name: str, text: Text) -> None:
         self.directory.lie(name, text.data)
+
+    def _hammer(self, model_id: str, times: int, gap_s: float) -> None:
+        name = FILES[IDS.index(model_id)]
+        for number in range(times):
+            doc = Doc(model_id, (("fail", "fail"), ("v", 1 + number % 3)))
+            self._machine.later(
+                number * gap_s, partial(self.directory.write, name, text_of([doc]).data)
+            )
+            self._machine.later((number + 0.9) * gap_s, partial(self._retry, model_id))
 
     def _append(self, name: str, text: Text) -> None:
         before = self.directory.content(name)
@@ -123,6 +137,19 @@ class World:
     def _mid_scan(self, after: int, name: str, text: Text) -> None:
         self._machine.change_in_mid_scan(after, lambda: self.directory.write(name, text.data))
 
+    def _mid_rename(self, after: int, old: str, new: str) -> None:
+        self._machine.change_in_mid_scan(after, lambda: self.directory.rename(old, new))
+
+    def _chase(self, old: str, new: str, scans: int, after: int) -> None:
+        self._machine.change_in_each_scan(scans, after, partial(self._swing, old, new))
+
+    def _swing(self, old: str, new: str) -> None:
+        """From one name to the other, whichever it has."""
+        if old in self.directory.names():
+            self.directory.rename(old, new)
+        elif new in self.directory.names():
+            self.directory.rename(new, old)
+
     # Weights.
 
     def _weights(self, path: str, data: bytes, how: str) -> None:
@@ -149,6 +176,7 @@ class World:
         except (OSError, KeyError):
             self._machine.tell("world", f"{path}: not possible")
             return
+        self.weights.changed()
         self._episode.checks.shared_causes += 2
         self._episode.hear()
 
@@ -176,12 +204,29 @@ class World:
 
     def _race(self, what: str, model_id: str) -> None:
         """Other threads do something after the loop has planned, and before it acts."""
-        if what == "a request":
-            self._episode.races.append(lambda: self._request(model_id, 5.0, 1.0))
-        elif what == "work":
-            self._episode.races.append(self._episode.work_at_once)
-        else:
-            self._episode.races.append(lambda: self._api_unload(model_id))
+        if what == "a request for each that goes":
+            self._episode.races.append(self._ask_for_those_that_go)
+            return
+        doings = {
+            "a request": partial(self._request, model_id, 5.0, 1.0),
+            "Python's load": partial(self._api_load_of_another, model_id),
+            "work": self._episode.work_at_once,
+            "Python's unload": partial(self._api_unload, model_id),
+        }
+        self._episode.races.append(partial(self._now, doings[what]))
+
+    def _now(self, do: Callable[[], None], made: Plan) -> bool:
+        self._machine.tell("world", "meanwhile the loop has planned, and not acted yet:")
+        do()
+        return True
+
+    def _ask_for_those_that_go(self, made: Plan) -> bool:
+        going = [a.model_id for a in made.actions if a.verb in (Verb.EVICT, Verb.UNLOAD)]
+        if going:
+            self._machine.tell("world", "they go by the plan, which is not carried out yet:")
+        for model_id in going:
+            self._request(model_id, 5.0, 1.0)
+        return bool(going)
 
     def _api_load(self, model_id: str, keys: tuple[tuple[str, object], ...]) -> None:
         self._episode.checks.shared_causes += 2
@@ -194,6 +239,15 @@ class World:
             )
             self._machine.tell("node", f"Python's load of {model_id} {node.api_load(config)}")
 
+    def _api_load_of_another(self, model_id: str) -> None:
+        """Of one that is not there, and that the directory is not likely to declare."""
+        if (node := self._episode.node) is not None:
+            first = IDS.index(model_id)
+            there = {instance.model_id for instance in node.instances}
+            absent = [i for i in (*IDS[first:], *IDS[:first]) if i not in there]
+            if absent:
+                self._api_load(absent[-1], ())
+
     def _api_unload(self, model_id: str) -> None:
         self._episode.checks.shared_causes += 2
         if (node := self._episode.node) is not None:
@@ -202,6 +256,7 @@ class World:
     def _suspend(self, model_id: str) -> None:
         if self._command("suspend", model_id):
             self._episode.oracle.suspended.add(model_id)
+            self._episode.oracle.ever_suspended.add(model_id)
 
     def _resume(self, model_id: str) -> None:
         if self._command("resume", model_id):
@@ -307,6 +362,9 @@ class World:
         for model_id, model in node.last.desired.models.items():
             if model.suspended:
                 self._resume(model_id)
+        if node.last.desired.prune_guard is not None:
+            self._confirm("wrong")
+            self._episode.let_pass(2 * node.source.settle_s)
         self._confirm("right")
         for model_id in IDS:
             self._api_unload(model_id)
@@ -326,3 +384,4 @@ class World:
         self.directory.write("server.yaml", server)
         for number, model_id in enumerate(IDS):
             self._fs.write(f"{WEIGHTS}/{model_id}.pt", weights(20, number))
+        self.weights.changed()

@@ -77,10 +77,10 @@ class _Planner:
         starts: list[Action] = []
         waiting_loads: list[Action] = []
         ordered = sorted(
-            self._desired.values(), key=lambda w: (-w.spec.config.priority, w.spec.model_id)
+            self._desired.items(), key=lambda pair: (-pair[1].spec.config.priority, pair[0])
         )
         to_load: list[Wanted] = []
-        for wanted in ordered:
+        for _, wanted in ordered:
             action = self._for_present(wanted, to_load)
             if action is not None and action.verb is Verb.ADJUST:
                 adjusts.append(action)

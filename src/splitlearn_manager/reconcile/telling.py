@@ -6,6 +6,7 @@ It words nothing that is shown (`status` does) and decides nothing.
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,9 @@ _NAMED = 5
 _WAITS_SAID = 20
 
 
+_AS_TUPLE = operator.attrgetter(*Facts.__slots__)
+
+
 @dataclass(frozen=True)
 class Found:
     """All that a turn found and did."""
@@ -64,24 +68,27 @@ def facts_of(found: Found, before: Mapping[str, Entry]) -> list[Facts]:
         problems[problem.file] = (*problems.get(problem.file, ()), problem)
 
     def facts(model_id: str, model: DesiredModel | None) -> Facts:
-        now = Facts(
-            model_id=model_id,
-            wanted=found.wanted.get(model_id),
-            views=views.get(model_id, ()),
-            attempt=observed.attempts.get(model_id),
-            parked=model_id in observed.parked,
-            waiting=found.plan.waiting_for(model_id) or turns.get(model_id),
-            held=(model.held or "") if model is not None else "",
-            source_available=desired.source_available,
-            suspended=model is not None and model.suspended,
-            guarded=model is not None and model.guarded,
-            conflict=desired.conflicts.get(model_id, ()),
-            fallback=observed.fallbacks.get(model_id),
-            problems=problems.get(model.source.file, ()) if model is not None else (),
-            source=model.source if model is not None else None,
+        now = (
+            model_id,
+            found.wanted.get(model_id),
+            views.get(model_id, ()),
+            observed.attempts.get(model_id),
+            model_id in observed.parked,
+            found.plan.waiting_for(model_id) or turns.get(model_id),
+            (model.held or "") if model is not None else "",
+            desired.source_available,
+            model is not None and model.suspended,
+            model is not None and model.guarded,
+            desired.conflicts.get(model_id, ()),
+            observed.fallbacks.get(model_id),
+            problems.get(model.source.file, ()) if model is not None else (),
+            model.source if model is not None else None,
         )
         known = before.get(model_id)
-        return known.facts if known is not None and known.facts == now else now
+        # Compared before they are made: of thousands nearly all are as they were.
+        if known is not None and _AS_TUPLE(known.facts) == now:
+            return known.facts
+        return Facts(*now)
 
     ids = sorted({*found.wanted, *views})
     return [facts(model_id, desired.models.get(model_id)) for model_id in ids]
@@ -211,12 +218,18 @@ class SituationLog:
 
     def __init__(self) -> None:
         self._said: dict[str, tuple[object, ...]] = {}
+        self._facts: dict[str, Facts] = {}
 
     def say(self, facts: Sequence[Facts], moment: Moment) -> None:
         said: dict[str, tuple[object, ...]] = {}
+        known, self._facts = self._facts, {fact.model_id: fact for fact in facts}
         waits = 0
         for fact in facts:
             if fact.waiting is None and fact.attempt is None:
+                continue
+            if known.get(fact.model_id) is fact:
+                if fact.model_id in self._said:
+                    said[fact.model_id] = self._said[fact.model_id]
                 continue
             key = _situation_key(fact, moment)
             before = self._said.get(fact.model_id)
