@@ -16,6 +16,7 @@ from typing import Literal
 
 SourceKind = Literal["factory", "package", "hub", "path"]
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 _PACKAGE = re.compile(r"package:(?P<package>[^\W\d]\w*)(/(?P<inside>.*))?")
 _REPOSITORY = r"[A-Za-z0-9_][\w.-]*(/[A-Za-z0-9_][\w.-]*)?"
@@ -58,7 +59,7 @@ def parse_model_path(text: str, model_type: str = "auto") -> ModelPath:
     Raises:
         ValueError: the text has none of the forms; the message is what was expected.
     """
-    if not text.strip() or any(ord(c) < 32 or ord(c) == 127 for c in text):
+    if not text.strip() or _CONTROL.search(text):
         raise ValueError("a path or name without control characters")
     if text.startswith("hf:"):
         return _parse_hub(text)

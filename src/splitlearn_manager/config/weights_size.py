@@ -26,6 +26,7 @@ MAX_HEADER_BYTES = 100 * MB
 
 _FLOATING_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+_ZIP = b"PK\x03\x04"
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -56,7 +57,9 @@ def stated_size(path: Path, dtype: str | None, fs: FileSystem) -> Estimate | Non
         OSError: nothing is at `path`, or it cannot be read.
     """
     if not fs.stat(str(path)).is_dir:
-        return _sum_of_headers([path], dtype, fs) or _size_of_archive(path, dtype, fs)
+        if fs.read(str(path), len(_ZIP)) == _ZIP:
+            return _size_of_archive(path, dtype, fs)
+        return _sum_of_headers([path], dtype, fs)
     for name in _INDEXES:
         index = path / name
         if is_file(index, fs):

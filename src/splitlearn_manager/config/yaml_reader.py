@@ -66,13 +66,20 @@ class YamlText:
     flaw: Flaw | None = None
 
 
+class _Yaml(YAML):
+    """ruamel without its plug-ins, for which it would search its own directory each time."""
+
+    def official_plug_ins(self) -> list[str]:
+        return []
+
+
 def read_yaml(data: bytes) -> YamlText:
     """All documents of a file. A flaw in one document's values does not hide the others."""
     flaw = _flaw_of_bytes(data)
     if flaw is not None:
         return YamlText((), flaw)
     # A fresh object for each file: it holds the state of a parse, and threads must not share it.
-    yaml = YAML(typ="safe", pure=True)
+    yaml = _Yaml(typ="safe", pure=True)
     yaml.max_depth = 2 * MAX_DEPTH
     yaml.composer.warn_double_anchors = False
     documents: list[Document] = []
@@ -260,7 +267,7 @@ class _Converter:
 
     def _text(self, node: ScalarNode, path: Path) -> object:
         text: str = node.value
-        if any("\ud800" <= c <= "\udfff" for c in text):
+        if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
             self._note(node, path, f"expected text that is valid Unicode, got {show(text)}")
             return None
         return text

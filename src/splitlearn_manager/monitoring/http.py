@@ -23,7 +23,6 @@ import io
 import json
 import logging
 import socket
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -32,6 +31,7 @@ from typing import Protocol
 from urllib.parse import parse_qs, unquote
 
 from splitlearn_manager.errors import ServerError
+from splitlearn_manager.monitoring.accepting import Acceptor
 from splitlearn_manager.monitoring.connections import (
     MAX_REQUEST_BYTES,
     BoundedServer,
@@ -58,7 +58,6 @@ _INDEX = """splitlearn-manager
 """
 
 _WRITE_S = 10.0
-_POLL_S = 0.1
 
 
 class Rendering(Protocol):
@@ -297,7 +296,7 @@ class MonitoringServer:
         self._sources = Sources(metrics, healthz, readyz, states)
         self._request_s = request_s
         self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
+        self._acceptor: Acceptor | None = None
 
     @property
     def port(self) -> int:
@@ -312,19 +311,15 @@ class MonitoringServer:
             self._server = _Server(self._host, self._port, self._sources, self._request_s)
         except (OSError, OverflowError) as error:
             raise ServerError(_cannot_listen(self._host, self._port, error)) from error
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(_POLL_S,), name="monitoring-http", daemon=True
-        )
-        self._thread.start()
+        self._acceptor = Acceptor(self._server, "monitoring-http")
 
     def stop(self) -> None:
         """Ends every connection and frees the port; without effect if it is not running."""
-        server, thread = self._server, self._thread
-        self._server = self._thread = None
-        if server is None or thread is None:
+        server, acceptor = self._server, self._acceptor
+        self._server = self._acceptor = None
+        if server is None or acceptor is None:
             return
-        server.shutdown()
-        thread.join()
+        acceptor.end()
         server.server_close()
         server.end_connections()
 

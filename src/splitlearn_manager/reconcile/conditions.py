@@ -86,7 +86,7 @@ def conditions_of(facts: Facts, moment: Moment) -> tuple[Row, ...]:
     """The conditions that apply, in words."""
     statuses = dict(statuses_of(facts))
     words = {
-        "Accepted": lambda: _accepted(facts),
+        "Accepted": lambda: acceptance_of(facts),
         "Synced": lambda: _synced(facts, moment),
         "Ready": lambda: _ready(facts, moment),
         "Suspended": lambda: _suspended(facts),
@@ -167,7 +167,8 @@ def _status_of_doubt(facts: Facts, doubt: str | None) -> str:
     return "Unknown" if doubt in ("SourceUnavailable", "Suspended", "InDoubt") else "False"
 
 
-def _accepted(facts: Facts) -> tuple[str, str]:
+def acceptance_of(facts: Facts) -> tuple[str, str]:
+    """Reason and message of the condition Accepted."""
     if facts.of_api:
         text = "loaded through the Python API; the directory does not touch it"
         return ("LoadedThroughApi", text)

@@ -50,8 +50,8 @@ from splitlearn_manager.reconcile.wanting import Wishes
 
 log = logging.getLogger(__name__)
 
-# Looking at the directory takes at most a hundredth of the time while nothing asks for it.
-_LOOKS_SHARE = 100.0
+# Looking at the directory takes at most half a percent of the time while nothing asks for it.
+_LOOKS_SHARE = 200.0
 _LATELY_S = 60.0
 _PREVIEW_LOOKS = 10
 
@@ -94,7 +94,7 @@ class Reconciler:
         manager: observed state, and the operations.
         store: keeps over a restart what must be; None keeps nothing.
         resync_s: longest time between two turns, and between two looks at the directory while a look
-            takes less than a hundredth of it.
+            takes less than half a percent of it.
         max_parallel_loads: most loads that this loop has under way at a time, those aside that have
             taken longer than `acting.TURN_S`.
         draw: uniform random numbers in [0, 1) for the jitter of retries.
@@ -415,6 +415,7 @@ class Reconciler:
         node = node_facts(
             found,
             self._about(),
+            asked=self._suspended,
             settled=turn.settled,
             converged=self.converged or turn.settled,
             state_problem=self._keeper.problem,

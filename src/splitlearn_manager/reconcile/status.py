@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.reconcile.conditions import (
     Moment,
+    acceptance_of,
     conditions_of,
     doubt_of,
     situation,
@@ -167,8 +168,7 @@ class StatusBook:
         accepted = before.facts.generation if before is not None else None
         is_new = facts.wanted is not None and facts.generation != accepted
         if is_new or entry.doubt != (before.doubt if before is not None else ""):
-            row = conditions_of(facts, moment)[0]
-            self.record(facts.model_id, row.reason, row.message)
+            self.record(facts.model_id, *acceptance_of(facts))
         if facts.suspended != (before.facts.suspended if before is not None else False):
             told = "it stays as it is" if facts.suspended else "its file is followed again"
             self.record(facts.model_id, "Suspended" if facts.suspended else "Resumed", told)

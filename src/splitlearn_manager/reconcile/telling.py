@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitlearn_manager.config.yaml_source import Problem
@@ -110,10 +110,21 @@ def _with_views(facts: Facts, views: tuple[InstanceView, ...]) -> Facts:
 
 
 def node_facts(
-    found: Found, info: NodeInfo, *, settled: bool, converged: bool, state_problem: str
+    found: Found,
+    info: NodeInfo,
+    *,
+    asked: Collection[str],
+    settled: bool,
+    converged: bool,
+    state_problem: str,
 ) -> NodeFacts:
-    """The facts of the node."""
+    """The facts of the node.
+
+    Args:
+        asked: the ids that people asked to leave as they are.
+    """
     desired, ledger = found.desired, found.observed.snapshot.ledger
+    models = desired.models
     return NodeFacts(
         info=info,
         source_available=desired.source_available,
@@ -125,7 +136,7 @@ def node_facts(
         problems=desired.problems,
         conflicts=desired.conflicts,
         prune_guard=desired.prune_guard,
-        suspended=tuple(sorted(m for m, model in desired.models.items() if model.suspended)),
+        suspended=tuple(sorted(m for m in asked if m in models and models[m].suspended)),
         state_problem=state_problem,
         devices=tuple(
             DeviceUse(device, ledger.used_mb(device), budget_mb)

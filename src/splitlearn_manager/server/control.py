@@ -16,7 +16,6 @@ import contextlib
 import json
 import logging
 import os
-import selectors
 import socket
 import socketserver
 import threading
@@ -26,6 +25,7 @@ from pathlib import Path
 from time import monotonic
 
 from splitlearn_manager.errors import ServerError, SplitlearnError
+from splitlearn_manager.monitoring.accepting import Acceptor
 
 log = logging.getLogger(__name__)
 
@@ -121,30 +121,14 @@ class ControlSocket:
         except OSError as error:
             raise ServerError(f"socket {path}: {error.strerror or error}") from None
         self._server.answers = answers
-        self._waker, self._woken = socket.socketpair()
-        self._thread = threading.Thread(target=self._serve, name="control", daemon=True)
-        self._thread.start()
+        self._acceptor = Acceptor(self._server, "control")
 
     def close(self) -> None:
         """Stops listening and removes the socket; questions that wait end with `NodeStopping`."""
         self._server.closing.set()
-        self._waker.send(b"x")
-        self._thread.join()
+        self._acceptor.end()
         self._server.server_close()
-        self._waker.close()
-        self._woken.close()
         self._path.unlink(missing_ok=True)
-
-    def _serve(self) -> None:
-        """Takes up whoever comes. Sleeps in between for as long as nobody does."""
-        with selectors.DefaultSelector() as comers:
-            comers.register(self._server, selectors.EVENT_READ)
-            comers.register(self._woken, selectors.EVENT_READ)
-            while True:
-                comers.select()
-                if self._server.closing.is_set():
-                    return
-                self._server.handle_request()
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):

@@ -27,6 +27,18 @@ def test_what_was_read_is_exempted_from_garbage_collection_at_the_end() -> None:
     assert gc.get_freeze_count() > 0
 
 
+def test_garbage_is_collected_seldom_while_files_are_read() -> None:
+    usual = gc.get_threshold()
+    told = files_read(None, lambda: True)
+    try:
+        told(0, 200)
+        assert gc.get_threshold()[0] > 100 * usual[0]
+        told(200, 200)
+        assert gc.get_threshold() == usual
+    finally:
+        gc.set_threshold(*usual)
+
+
 def test_nothing_is_exempted_while_there_are_models_whose_memory_must_come_back() -> None:
     files_read(None, lambda: True)(200, 200)
     assert gc.get_freeze_count() == 0
