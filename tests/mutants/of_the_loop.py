@@ -37,10 +37,10 @@ def _nothing_is_terminal(real: Any) -> Any:
 
 def _failures_keep_their_slots(real: Any) -> Any:
     def carry_out(
-        made: Any, manager: Any, snapshot: Any, most: int, now_s: float, record: Any
+        made: Any, manager: Any, snapshot: Any, most: int, now_s: float, tell: Any
     ) -> Any:
         failed = sum(not outcome.ok for outcome in snapshot.outcomes.values())
-        return real(made, manager, snapshot, most - failed, now_s, record)
+        return real(made, manager, snapshot, most - failed, now_s, tell)
 
     return carry_out
 

@@ -22,6 +22,9 @@ from splitlearn_manager.reconcile.actions import TURN_S, Action, Mode, Plan, Ver
 
 log = logging.getLogger(__name__)
 
+Told = tuple[str, str, str]
+"""Model id, reason, message."""
+
 
 def carry_out(
     made: Plan,
@@ -29,14 +32,14 @@ def carry_out(
     snapshot: Snapshot,
     max_parallel_loads: int,
     now_s: float,
-    record: Callable[[str, str, str], None],
+    tell: Callable[[Told], None],
 ) -> tuple[Action, ...]:
     """Starts, in order, what can start now, and gives what was started.
 
     Args:
         max_parallel_loads: most loads that have a turn at a time.
         now_s: on the manager's clock.
-        record: told of what no event of the manager tells: model id, reason, message.
+        tell: told of what no event of the manager tells.
     """
     loading = len(_turns_end(snapshot.instances, now_s))
     executed = []
@@ -44,7 +47,7 @@ def carry_out(
         if action.after or (action.takes_turn and loading >= max_parallel_loads):
             continue
         try:
-            done = _start(action, manager, record)
+            done = _start(action, manager, tell)
         except (OperationInProgress, ModelUnavailable) as refusal:
             log_event(log, logging.DEBUG, "ActionSkipped", str(refusal), model=action.model_id)
             continue
@@ -69,7 +72,7 @@ def _turns_end(instances: Sequence[InstanceView], now_s: float) -> list[float]:
     return [at for at in ends if at > now_s]
 
 
-def _start(action: Action, manager: ModelManager, record: Callable[[str, str, str], None]) -> bool:
+def _start(action: Action, manager: ModelManager, tell: Callable[[Told], None]) -> bool:
     model_id = action.model_id
     if action.verb is Verb.UNLOAD:
         return manager.begin_unload(model_id, action.reason, key=action.key)
@@ -77,7 +80,7 @@ def _start(action: Action, manager: ModelManager, record: Callable[[str, str, st
         return manager.begin_evict(model_id, action.key or "", action.reason)
     assert action.spec is not None
     if action.verb is Verb.ADJUST:
-        return _adjust(action, action.spec, manager, record)
+        return _adjust(action, action.spec, manager, tell)
     if action.mode is Mode.RECREATE:
         return manager.begin_replace(action.spec, action.device, action.mb, key=action.key)
     started = manager.begin_load(action.spec, Owner.DIRECTORY, action.device, action.mb)
@@ -88,10 +91,10 @@ def _adjust(
     action: Action,
     spec: ModelSpec,
     manager: ModelManager,
-    record: Callable[[str, str, str], None],
+    tell: Callable[[Told], None],
 ) -> bool:
     done = manager.adjust(spec)
     if done:
         log_event(log, logging.INFO, "Adjusted", action.detail, model=action.model_id)
-        record(action.model_id, "Adjusted", action.detail)
+        tell((action.model_id, "Adjusted", action.detail))
     return done

@@ -26,7 +26,7 @@ from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredState, Instructions, Source
 from splitlearn_manager.errors import ModelUnavailable
-from splitlearn_manager.reconcile.acting import carry_out, next_turn_s
+from splitlearn_manager.reconcile.acting import Told, carry_out, next_turn_s
 from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Wanted
 from splitlearn_manager.reconcile.keeping import Keeper
 from splitlearn_manager.reconcile.memory import Memory
@@ -357,19 +357,20 @@ class Reconciler:
         standing, now_s = self._standing, observed.now_s
         made = standing.plan_for(wanted, basis, snapshot, now_s) if standing is not None else None
         made = made or plan(wanted, observed)
+        told: list[Told] = []
         executed = carry_out(
             made,
             self._manager,
             snapshot,
             self.max_parallel_loads,
             observed.now_s,
-            self.status.record,
+            told.append,
         )
         self._standing = Standing(made, basis, wanted, snapshot)
         if wanted is not self._wanted or not self.names:
             self.names = names_of(wanted)
         self._wanted = wanted
-        self._found = Found(desired, wanted, observed, made, executed)
+        self._found = Found(desired, wanted, observed, made, executed, tuple(told))
         return self._found
 
     def _unchanged(self, looked: bool) -> Found:
@@ -377,7 +378,7 @@ class Reconciler:
         assert self._found is not None
         self._keeper.save(recheck=looked)
         if self._found.executed or self._found.desired is not self._desired:
-            self._found = replace(self._found, executed=(), desired=self._desired)
+            self._found = replace(self._found, executed=(), told=(), desired=self._desired)
         return self._found
 
     def _summary(
@@ -427,6 +428,8 @@ class Reconciler:
             facts = with_views(facts, snapshot)
         if facts is not self._facts or node != self.status.node_facts:
             self.status.publish(facts, node, self._clock.now())
+        for event in found.told:  # after the acceptance that they follow from
+            self.status.record(*event)
         if turn.changed:
             self._situation_log.say(facts, self.status.moment)
         self._facts, self._told_views = facts, snapshot.instances

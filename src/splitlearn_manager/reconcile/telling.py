@@ -15,6 +15,7 @@ from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.scanner import SERVER_FILE
 from splitlearn_manager.desired.state import DesiredModel, DesiredState, PruneGuard
 from splitlearn_manager.logs import log_event
+from splitlearn_manager.reconcile.acting import Told
 from splitlearn_manager.reconcile.actions import TURN_S, Action, Observed, Plan, Waiting, Wanted
 from splitlearn_manager.reconcile.conditions import (
     Moment,
@@ -43,13 +44,18 @@ _AS_TUPLE = operator.attrgetter(*Facts.__slots__)
 
 @dataclass(frozen=True)
 class Found:
-    """All that a turn found and did."""
+    """All that a turn found and did.
+
+    Attributes:
+        told: what was done at once, for the events: model id, reason, message.
+    """
 
     desired: DesiredState
     wanted: Mapping[str, Wanted]
     observed: Observed
     plan: Plan
     executed: tuple[Action, ...]
+    told: tuple[Told, ...] = ()
 
 
 def facts_of(found: Found, before: Mapping[str, Entry]) -> list[Facts]:

@@ -228,6 +228,16 @@ def wait_in_a_thread(call: Callable[[], None]) -> tuple[threading.Thread, list[E
     return thread, raised
 
 
+def test_a_version_is_accepted_before_what_follows_from_it_is_told() -> None:
+    loop = Loop()
+    loop.declare("a")
+    loop.settle()
+    loop.declare("a", priority=3)
+    loop.settle()
+    told, _ = loop.loop.status.events(model_id="a")
+    assert [event["reason"] for event in told][-2:] == ["SpecAccepted", "Adjusted"]
+
+
 def test_a_demand_brings_an_evicted_model_back_and_evicts_the_least_recently_used() -> None:
     loop = Loop(max_models=1)
     loop.declare("a")
