@@ -226,7 +226,8 @@ class Checks:
 
     def _loaded(self, node: Node, instance: Any) -> None:
         """I18: what serves was made of the files as they are."""
-        self.evicted.pop(instance.model_id, None)
+        if instance.owner is Owner.DIRECTORY:  # Python's own load asks for nothing
+            self.evicted.pop(instance.model_id, None)
         wanted = node.last.desired.models.get(instance.model_id) if node.last else None
         is_wanted = wanted is None or wanted.spec_hash == instance.spec.spec_hash
         self.retries.succeeded(instance.spec, is_wanted=is_wanted)

@@ -122,6 +122,10 @@ class ModelManager:
         """
         return self._reader.size_mb(spec)
 
+    def measured_mb(self, spec: ModelSpec) -> float | None:
+        """What a load of that version measured, in MB; None if there was none."""
+        return self._reader.measured_mb(spec)
+
     def devices_for(self, config: ModelConfig) -> tuple[str, ...]:
         """The devices that the config admits, best first: GPUs with the most free budget before the CPU."""
         ledger = self._instances.ledger

@@ -37,8 +37,8 @@ class ModelReader:
 
         Raises WeightsNotFound if nothing is at its model_path.
         """
-        version, measured_mb = self._measured_mb.get(spec.model_id, (None, 0.0))
-        if version == spec.version:
+        measured_mb = self.measured_mb(spec)
+        if measured_mb is not None:
             return measured_mb
         question = (spec.spec_hash, spec.weights)
         asked, estimated_mb = self._estimated_mb.get(spec.model_id, (None, 0.0))
@@ -46,6 +46,11 @@ class ModelReader:
             estimated_mb = self._files.estimate_mb(spec.config) or 0.0
             self._estimated_mb[spec.model_id] = (question, estimated_mb)
         return estimated_mb
+
+    def measured_mb(self, spec: ModelSpec) -> float | None:
+        """What a load of that version measured, in MB; None if there was none."""
+        version, mb = self._measured_mb.get(spec.model_id, (None, 0.0))
+        return mb if version == spec.version else None
 
     def fingerprint(self, config: ModelConfig) -> str:
         """What its files are now. Raises WeightsNotFound if there are none."""

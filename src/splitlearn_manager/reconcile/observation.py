@@ -25,7 +25,8 @@ class Observation:
 
     Attributes:
         demands: for each declared model, its spec's hash and when it was last asked for.
-        sizes_mb: for each declared model whose size was measured, its spec's hash and MB.
+        sizes_mb: for each declared model whose files are there, its spec's hash and MB.
+        measured_mb: for each declared model that was loaded, load hash and weights of the version, and MB.
         base_dirs: for each instance, the directory that its relative paths start from.
         kept: what the node has accepted, as the text of its record.
     """
@@ -33,17 +34,28 @@ class Observation:
     observed: Observed
     demands: Mapping[str, tuple[str, float]]
     sizes_mb: Mapping[str, tuple[str, float]]
+    measured_mb: Mapping[str, tuple[str, str, float]]
     base_dirs: Mapping[str, str | None]
     kept: str
 
     @classmethod
     def of(
-        cls, observed: Observed, wanted: Mapping[str, Wanted], kept: Mapping[str, ModelRecord]
+        cls,
+        observed: Observed,
+        wanted: Mapping[str, Wanted],
+        measured_mb: Mapping[str, float],
+        kept: Mapping[str, ModelRecord],
     ) -> Observation:
+        """What the node knows.
+
+        Args:
+            measured_mb: what a load of the wanted version measured, by id.
+        """
         return cls(
             observed=observed,
             demands={m: (w.spec.spec_hash, w.demanded_s) for m, w in wanted.items()},
             sizes_mb={m: (w.spec.spec_hash, w.mb) for m, w in wanted.items() if w.weights_ready},
+            measured_mb={m: (*wanted[m].spec.version, mb) for m, mb in measured_mb.items()},
             base_dirs={
                 v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
                 for v in observed.snapshot.instances
@@ -65,22 +77,15 @@ class Observation:
         asked, demanded_s = self.demands.get(model_id, ("", 0.0))
         known, mb = self.sizes_mb.get(model_id, ("", 0.0))
         if known != spec_hash:
-            mb = self._measured_mb(wanted)
+            # Keys that are applied in place make another spec, and not another size.
+            *version, measured = self.measured_mb.get(model_id, ("", "", 0.0))
+            mb = measured if (*version,) == wanted.spec.version else wanted.mb
         return replace(
             wanted,
             mb=mb,
             demanded_s=demanded_s if asked == spec_hash else wanted.demanded_s,
             own_limit_problem=over_own_limit(wanted.spec.config, mb),
         )
-
-    def _measured_mb(self, wanted: Wanted) -> float:
-        """What a loaded copy that differs in keys that are applied in place takes, else the estimate."""
-        measured = (
-            view.measured_mb
-            for view in self.observed.snapshot.instances
-            if view.model_id == wanted.spec.model_id and view.spec.version == wanted.spec.version
-        )
-        return next((mb for mb in measured if mb is not None), wanted.mb)
 
     def _records(self) -> Mapping[str, ModelRecord]:
         return models_from_text(self.kept.encode())[0]

@@ -492,4 +492,6 @@ class Reconciler:
             max_parallel_loads=self.max_parallel_loads,
             now_s=self._clock.now(),
         )
-        return Observation.of(observed, wanted, self._keeper.models)
+        measured = {m: self._manager.measured_mb(w.spec) for m, w in wanted.items()}
+        known = {m: mb for m, mb in measured.items() if mb is not None}
+        return Observation.of(observed, wanted, known, self._keeper.models)

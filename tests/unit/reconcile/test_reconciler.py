@@ -421,6 +421,25 @@ def test_a_plan_made_elsewhere_from_what_the_node_tells_is_that_of_the_node() ->
     ]
 
 
+def test_a_plan_made_elsewhere_counts_with_what_loads_measured() -> None:
+    """A version that turned out too large is not foretold to fit once a key beside it is edited."""
+    loop = Loop(budget_mb=100.0)
+    loop.declare("grows")
+    loop.settle()
+    loop.bench.runtime.sizes_mb["grows"] = 150.0
+    loop.declare("grows", weights="w1")
+    loop.loop.turn()
+    loop.bench.executor.run_all()
+    loop.loop.turn()
+    loop.declare("grows", weights="w1", priority=3)
+    elsewhere = Reconciler(loop.source, Loop().bench.manager, loop.bench.clock)
+    node = from_json(to_json(loop.loop.observe()))
+    _, made = elsewhere.preview(0.25, node)
+    _, its_own = loop.loop.preview(0.25)
+    assert made == its_own
+    assert [(w.model_id, w.reason) for w in made.waiting] == [("grows", "InsufficientMemory")]
+
+
 def test_models_of_the_python_api_are_shown_and_left_alone() -> None:
     loop = Loop()
     loop.declare("mine")
