@@ -70,8 +70,13 @@ def ending(ends: Path) -> dict[str, str]:
 def end_threads(node: Node, ends: Path, kind: str) -> None:
     """Ends the node's threads of that class; returns when they have ended."""
     replace_file(ends, kind)
-    declare(node.directory, "two", config=constant(3.0))  # wakes the thread, which ends
-    eventually(ends.with_name(f"{ends.name}.ended").exists, f"every {kind} has ended")
+    ended = ends.with_name(f"{ends.name}.ended")
+
+    def has_ended() -> bool:
+        (node.directory / "noise").touch()  # wakes the thread, which ends once it is told to
+        return ended.exists()
+
+    eventually(has_ended, f"every {kind} has ended")
 
 
 @pytest.mark.parametrize("thread", ["InotifyObserver", "InotifyFD"])

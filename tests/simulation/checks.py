@@ -205,12 +205,11 @@ class Checks:
             is_doubtful = oracle.truth.whole.value[0] is not None
         else:
             # Not meant since the process began, by files of which each can be read and understood.
-            # (A directory that cannot be looked at once is away: then all that is known is desired.)
             is_doubtful = age_s < UNDECIDED_SETTLES * settle_s - EPSILON
             is_doubtful = is_doubtful and meant.since <= node.started_at and oracle.is_plain
             is_doubtful = is_doubtful and not any(model_id in ids for ids in oracle.guards.values())
-            is_doubtful = is_doubtful and node.machine.scan_faults == node.scan_faults_before
-        if is_doubtful:
+        # A directory that cannot be looked at once is away: then all that is known is desired.
+        if is_doubtful and node.machine.scan_faults == node.scan_faults_before:
             node.machine.violated("I5", f"{model_id} is loaded, and no file declares it")
 
     def _weights_stood_still(self, node: Node, instance: Any) -> None:

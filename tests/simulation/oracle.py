@@ -151,6 +151,7 @@ class Oracle:
             self._see_meaning(model_id, t)
         for history in self.may_mean.values():
             history.before = None
+            history.meet()  # absence is proven by looks: two that agree
 
     def end_look(
         self, after: DesiredState, t: float, settle_s: float, guard_percent: float, *, faults: bool

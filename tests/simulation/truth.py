@@ -46,6 +46,7 @@ class History(Generic[T]):
         self.before: tuple[T, float] | None = None
         self._changed_at = t
         self._until_then: tuple[T, float] = (value, t)
+        self._met: tuple[T, float] | None = None
 
     def set(self, value: T, t: float, *, in_look: bool) -> None:
         if value == self.value:
@@ -60,6 +61,12 @@ class History(Generic[T]):
         self.value = value
         back = not in_look and value == self._until_then[0]
         self.since = self._until_then[1] if back else t
+
+    def meet(self) -> None:
+        """A look begins. If it meets what the last one met, nobody has seen what was in between."""
+        if self._met is not None and self._met[0] == self.value:
+            self.since = min(self.since, self._met[1])
+        self._met = (self.value, self.since)
 
     def throughout(self, t: float, window_s: float) -> list[T]:
         """The values of which one, at least, may have been seen at all looks of the last `window_s`."""
