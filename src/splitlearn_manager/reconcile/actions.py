@@ -140,11 +140,16 @@ class DeviceForecast:
 
 @dataclass(frozen=True)
 class Plan:
-    """Actions in order, what waits, and the memory it will take."""
+    """Actions in order, what waits, and the memory it will take.
+
+    Attributes:
+        due_s: when something is to be parked that is not idle for long enough yet, on the manager's clock.
+    """
 
     actions: tuple[Action, ...]
     waiting: tuple[Waiting, ...]
     forecast: tuple[DeviceForecast, ...]
+    due_s: float | None = None
 
     def waiting_for(self, model_id: str) -> Waiting | None:
         """The first reason why nothing is done for the model; None if there is none."""

@@ -69,6 +69,7 @@ class _Planner:
             self._by_id.setdefault(view.model_id, []).append(view)
         self._room = Room(observed.snapshot.ledger, residents(views, Owner.DIRECTORY))
         self._waiting: list[Waiting] = []
+        self._due: list[float] = []
 
     def run(self) -> Plan:
         unloads = self._unloads()
@@ -104,6 +105,7 @@ class _Planner:
             actions,
             tuple(sorted(self._waiting, key=lambda w: w.model_id)),
             forecast(self._observed.snapshot.ledger, actions, self._observed.max_parallel_loads),
+            min(self._due, default=None),
         )
 
     def _claim_to_room(self, wanted: Wanted) -> tuple[bool, int, float]:
@@ -162,10 +164,12 @@ class _Planner:
         if wanted.suspended:
             return self._leave(serving)
         if serving.spec.version != wanted.spec.version:
-            return self._update(wanted, serving)
+            # One that waits for its update is parked when idle like any other.
+            action = self._update(wanted, serving)
+            return action or self._park_if_idle(serving, wanted, waits=True)
         if serving.spec.spec_hash != wanted.spec.spec_hash:
             return self._adjust(wanted, serving)
-        return self._park_if_idle(serving)
+        return self._park_if_idle(serving, wanted)
 
     def _value(self, serving: InstanceView, wanted: Wanted) -> None:
         """Who goes for others is decided by what is wanted now, whichever version serves."""
@@ -194,16 +198,28 @@ class _Planner:
             source=wanted.source,
         )
 
-    def _park_if_idle(self, serving: InstanceView) -> Action | None:
-        config = serving.spec.config
+    def _park_if_idle(
+        self, serving: InstanceView, wanted: Wanted, *, waits: bool = False
+    ) -> Action | None:
+        """The eviction of what was idle for keep_alive_s.
+
+        Args:
+            waits: what was noted last is why it waits for an update.
+        """
+        config = wanted.spec.config
         if config.keep_alive_s is None or config.pinned:
             return None
         # While it is in use, that is the earliest moment at which it can have been idle for long enough.
         busy_until_s = self._observed.now_s if serving.leases else serving.last_used_s
         idle_at = busy_until_s + config.keep_alive_s
         if serving.leases or self._observed.now_s < idle_at:
-            message = f"unloaded when idle for keep_alive_s = {config.keep_alive_s:g} s"
-            return self._wait(serving.model_id, "KeepAlive", message, idle_at)
+            self._due.append(idle_at)
+            if not waits:
+                message = f"unloaded when idle for keep_alive_s = {config.keep_alive_s:g} s"
+                self._wait(serving.model_id, "KeepAlive", message, idle_at)
+            return None
+        if waits:
+            self._waiting.pop()
         self._room.mark_freeing((serving.key,))
         return Action(
             Verb.EVICT,

@@ -54,7 +54,8 @@ class Standing:
         self._made = made
         self._basis = basis
         self._wanted = wanted
-        self._due_s = min((w.until_s for w in made.waiting if w.until_s is not None), default=None)
+        due = [w.until_s for w in made.waiting if w.until_s is not None]
+        self._due_s = min((*due, *(() if made.due_s is None else (made.due_s,))), default=None)
         waiting = [wanted[w.model_id] for w in made.waiting if w.reason in _FOR_ROOM]
         self._priority = max((w.spec.config.priority for w in waiting), default=None)
         self._demanded_s = max((w.demanded_s for w in waiting), default=0.0)

@@ -56,6 +56,11 @@ class Loop:
             self.bench.executor.run_all()
         raise AssertionError(f"did not settle: {turn.plan}")
 
+    def settle_on_waiting(self) -> Turn:
+        """The turn after which nothing is under way, though something waits."""
+        self.settle()
+        return self.loop.turn()
+
     def phases_but(self, *hanging: str) -> set[Phase]:
         """The phases of all others after a turn."""
         self.loop.turn()
@@ -236,6 +241,23 @@ def test_a_version_is_accepted_before_what_follows_from_it_is_told() -> None:
     loop.settle()
     told, _ = loop.loop.status.events(model_id="a")
     assert [event["reason"] for event in told][-2:] == ["SpecAccepted", "Adjusted"]
+
+
+def test_an_idle_model_is_parked_though_its_update_waits_for_room() -> None:
+    loop = Loop(budget_mb=15.0)
+    loop.declare("a", keep_alive_s=20.0, update="surge")
+    loop.settle()
+    loop.declare("a", keep_alive_s=20.0, update="surge", weights="w1")
+    turn = loop.settle_on_waiting()
+    assert loop.reason("a") == "InsufficientMemory"
+    assert turn.next_s is not None
+    loop.bench.clock.advance(turn.next_s)
+    loop.settle()
+    assert loop.phase("a") is Phase.EVICTED
+    loop.bench.clock.advance(1.0)
+    loop.loop.ask_for("a")
+    loop.settle()
+    assert loop.bench.manager.table.by_model["a"].spec.weights == "w1"
 
 
 def test_a_demand_brings_an_evicted_model_back_and_evicts_the_least_recently_used() -> None:
