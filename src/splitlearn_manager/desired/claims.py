@@ -97,8 +97,8 @@ def judge(claims: Claims, current: DesiredModel | None, *, was_contested: bool) 
     if len(firm) + len(rivals) > 1:
         conflict = tuple(sorted([*firm, *rivals]))
         why = f"declared more than once: {' and '.join(str(ref) for ref in conflict)}"
-        # If all of the files are gone, a little more time ends it.
-        lasting = bool(firm) or not all(kept.doubt.absent for kept in claims.kept)
+        # Of files that are gone or changing, a little more time may end it.
+        lasting = bool(firm) or any(kept.doubt.lasting for kept in claims.kept)
         return Verdict(hold=why, conflict=conflict, lasting=lasting, refs=refs)
     if claims.firm:
         found = claims.firm[0]

@@ -207,7 +207,8 @@ class _Planner:
             waits: what was noted last is why it waits for an update.
         """
         config = wanted.spec.config
-        if config.keep_alive_s is None or config.pinned:
+        # What serves stays pinned until its update, as for making room.
+        if config.keep_alive_s is None or config.pinned or serving.spec.config.pinned:
             return None
         # While it is in use, that is the earliest moment at which it can have been idle for long enough.
         busy_until_s = self._observed.now_s if serving.leases else serving.last_used_s
