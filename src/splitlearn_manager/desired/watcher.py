@@ -22,18 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from watchdog.events import (
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileDeletedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
-    FileSystemEvent,
-    FileSystemEventHandler,
-)
+from watchdog.events import FileSystemEvent, FileSystemEventHandler
 
 from splitlearn_manager.desired.scanner import describe
 from splitlearn_manager.desired.watch_plan import (
@@ -53,19 +42,6 @@ MAX_WATCHES = 64
 
 RETRY_S = 30.0
 """After a failure, how long until watching is tried again."""
-
-# What the kernel is asked to report. Without it each file that a scan opens is an event or two, and the
-# threads that take thousands of them compete with the scan.
-_HEARD: list[type[FileSystemEvent]] = [
-    DirCreatedEvent,
-    DirDeletedEvent,
-    DirMovedEvent,
-    FileClosedEvent,
-    FileCreatedEvent,
-    FileDeletedEvent,
-    FileModifiedEvent,
-    FileMovedEvent,
-]
 
 # Opening and closing without writing are what reading does; a wake-up by our own scan would never end.
 _READING = frozenset({"opened", "closed_no_write"})
@@ -232,10 +208,7 @@ class Watcher:
         handler = _Handler(watch, self._wake)
         try:
             handle = self._observer.schedule(
-                handler,
-                watch.directory,
-                recursive=watch.names is None,
-                event_filter=_HEARD,
+                handler, watch.directory, recursive=watch.names is None
             )
         except Exception as error:  # see _open
             return f"{watch.directory} cannot be watched: {_explain(error)}"
