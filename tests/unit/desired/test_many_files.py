@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.desired import reading
 from splitlearn_manager.desired.source import DesiredSource
 from splitlearn_manager.desired.state import Instructions
 from splitlearn_manager.desired.watch_paths import MOST_PATHS
@@ -22,20 +21,6 @@ def lab() -> DesiredLab:
     lab = DesiredLab()
     lab.fs.lists_stats = True
     return lab
-
-
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file was parsed."""
-    counter: Counter[str] = Counter()
-    real = reading.parse_models
-
-    def counting(data: bytes, *, file: str, base_dir: Path | None) -> object:
-        counter[file] += 1
-        return real(data, file=file, base_dir=base_dir)
-
-    monkeypatch.setattr(reading, "parse_models", counting)
-    return counter
 
 
 def accept(lab: DesiredLab, count: int) -> None:

@@ -27,20 +27,6 @@ def lab() -> DesiredLab:
     return DesiredLab()
 
 
-@pytest.fixture
-def parsed(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file was parsed."""
-    counter: Counter[str] = Counter()
-    real = reading.parse_models
-
-    def counting(data: bytes, *, file: str, base_dir: Path | None) -> object:
-        counter[file] += 1
-        return real(data, file=file, base_dir=base_dir)
-
-    monkeypatch.setattr(reading, "parse_models", counting)
-    return counter
-
-
 def accepted(read: Reading) -> list[DesiredModel]:
     return [
         DesiredModel(d.config, 1, d.spec_hash, d.load_hash, d.ref, mark=d.mark)
