@@ -6,6 +6,7 @@ what they mean. It never waits for longer than its patience without a sign of li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -62,7 +63,9 @@ def ask(
     with _connect(path, patience_s) as connection:
         try:
             connection.settimeout(patience_s)
-            connection.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
+            # A node that is too busy answers before it has read the question, and hangs up.
+            with contextlib.suppress(BrokenPipeError):
+                connection.sendall(json.dumps({"do": do, **arguments}).encode() + b"\n")
             line = _read_answer(connection)
         except TimeoutError:
             message = f"the node at {path} has said nothing for {patience_s:g} s"
