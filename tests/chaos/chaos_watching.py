@@ -73,7 +73,8 @@ def end_threads(node: Node, ends: Path, kind: str) -> None:
     ended = ends.with_name(f"{ends.name}.ended")
 
     def has_ended() -> bool:
-        (node.directory / "noise").touch()  # wakes the thread, which ends once it is told to
+        for directory in (node.directory, node.directory.parent):
+            (directory / "noise").touch()  # wakes its thread, which ends once it is told to
         return ended.exists()
 
     eventually(has_ended, f"every {kind} has ended")

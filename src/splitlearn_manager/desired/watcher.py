@@ -7,13 +7,15 @@ never in an exception.
 
     start ──► refresh (each turn of the loop: directories replaced, links turned, new weights) ──► stop
 
-Reading a file, by us or by others, wakes nobody. Threads: watchdog's observer, and one for each
-watched directory; all have ended when `stop` returns.
+Reading a file, by us or by others, wakes nobody. When events were lost that we would have heard, the
+node wakes up too. Threads: watchdog's observer, and one for each watched directory; all have ended when
+`stop` returns.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 import time
@@ -22,7 +24,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from watchdog.events import FileSystemEvent, FileSystemEventHandler
+from watchdog.events import (
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileAttribEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileSystemEvent,
+    FileSystemEventHandler,
+)
 
 from splitlearn_manager.desired.scanner import describe
 from splitlearn_manager.desired.watch_plan import (
@@ -43,17 +57,25 @@ MAX_WATCHES = 64
 RETRY_S = 30.0
 """After a failure, how long until watching is tried again."""
 
-# Opening and closing without writing are what reading does; a wake-up by our own scan would never end.
-_READING = frozenset({"opened", "closed_no_write"})
-# A directory's own time stamp follows each change inside it, which is an event of its own.
-_DIRECTORY_NOISE = frozenset({"modified", "attrib", "closed"})
+# What the kernel is asked to report: each event that says that a content, a name or a permission changed.
+# Not reading, of which there is an event or two for each file that a scan opens: a wake-up by our own scan
+# would never end, and the threads that take thousands of events compete with the scan. Not the time stamp
+# of a directory, which follows each change inside it.
+_HEARD: list[type[FileSystemEvent]] = [
+    DirCreatedEvent,
+    DirDeletedEvent,
+    DirMovedEvent,
+    FileAttribEvent,
+    FileClosedEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+]
+
+_WATCHDOG = logging.getLogger("watchdog")
 
 _MODES: dict[str, Mode] = {"InotifyObserver": "inotify", "FSEventsObserver": "fsevents"}
-
-
-def is_worth_waking(event_type: str, is_directory: bool) -> bool:
-    """Whether an event of watchdog says that some content, name or permission changed."""
-    return event_type not in (_DIRECTORY_NOISE if is_directory else _READING) | _READING
 
 
 class _Handler(FileSystemEventHandler):
@@ -65,8 +87,6 @@ class _Handler(FileSystemEventHandler):
         self.lost = threading.Event()  # the directory itself went away, and the watch with it
 
     def dispatch(self, event: FileSystemEvent) -> None:
-        if not is_worth_waking(event.event_type, event.is_directory):
-            return
         source, target = os.fsdecode(event.src_path), os.fsdecode(event.dest_path or b"")
         if source == self._watch.directory:
             if event.event_type in ("deleted", "moved"):
@@ -76,6 +96,17 @@ class _Handler(FileSystemEventHandler):
         names = self._watch.names
         if names is None or {os.path.basename(source), os.path.basename(target)} & names:
             self._wake()
+
+
+class _Warned(logging.Handler):
+    """Wakes up when watchdog warns of anything: that is all it says when the kernel dropped events."""
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._wake = wake
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._wake()
 
 
 @dataclass(frozen=True)
@@ -111,6 +142,7 @@ class Watcher:
     ) -> None:
         self._root = os.path.abspath(root)
         self._wake = wake
+        self._warned = _Warned(wake)
         self._extra = tuple(os.path.abspath(path) for path in extra)
         self._make_observer = observer or _best_observer
         self._mountinfo = mountinfo
@@ -196,6 +228,7 @@ class Watcher:
         if mode is None:
             return self._fail("this system has neither inotify nor FSEvents")
         observer.start()
+        _WATCHDOG.addHandler(self._warned)
         self._observer, self._mode = observer, mode
         return True
 
@@ -208,7 +241,10 @@ class Watcher:
         handler = _Handler(watch, self._wake)
         try:
             handle = self._observer.schedule(
-                handler, watch.directory, recursive=watch.names is None
+                handler,
+                watch.directory,
+                recursive=watch.names is None,
+                event_filter=_HEARD,
             )
         except Exception as error:  # see _open
             return f"{watch.directory} cannot be watched: {_explain(error)}"
@@ -249,6 +285,7 @@ class Watcher:
         if observer is not None:
             observer.stop()
             observer.join()
+            _WATCHDOG.removeHandler(self._warned)
 
     def _mounts(self) -> str:
         if self._mountinfo is not None:
