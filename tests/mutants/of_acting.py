@@ -254,7 +254,7 @@ MUTANTS = (
     Mutant(
         "idle models are never parked",
         "scale-to-zero that never gets to zero",
-        lambda: [(plan._Planner, "_park_if_idle", lambda self, serving: None)],
+        lambda: [(plan._Planner, "_park_if_idle", lambda self, serving, wanted, waits=False: None)],
     ),
     Mutant(
         "the copy that a surge loads is not counted",
