@@ -152,7 +152,8 @@ def test_a_state_dir_that_is_deleted_while_the_node_runs_is_made_anew(tmp_path: 
         wait_ready(node, MODELS)
         for model_id, value in MODELS.items():
             edit(node, model_id, value + 10)
-        shutil.rmtree(state)
+        # Moved first: the node would write into the directory while it is being emptied.
+        shutil.rmtree(state.rename(tmp_path / "deleted"))
         eventually(lambda: kept(state) == set(MODELS), "all is kept again")
         assert not node.find("Traceback")
         node.kill()

@@ -133,9 +133,16 @@ def _of_once(root: Path, recorder: _Recorder) -> None:
 
 
 def _of_run(node: Node) -> str:
-    """The log of the start up to the loads, and what is printed when all is done."""
-    log = [line for line in node.lines if "ranker" not in line or "LoadFailed" in line][:7]
-    return "\n".join(["$ splitlearn-manager reconcile desired", *log, *node.printed]) + "\n"
+    """The log of the start up to the loads, and what is printed when all is done.
+
+    Each kind of line once a model: on a busy machine a load that fails has been tried again by then.
+    """
+    log: dict[tuple[str, ...], str] = {}
+    for line in node.lines:
+        if "ranker" not in line or "LoadFailed" in line:
+            log.setdefault(tuple(re.findall(r"(?:event|model|meanwhile)=(\S+)", line)), line)
+    shown = list(log.values())[:7]
+    return "\n".join(["$ splitlearn-manager reconcile desired", *shown, *node.printed]) + "\n"
 
 
 def main() -> None:
