@@ -87,3 +87,15 @@ class Raising(ComputeFunction):
 
     def compute(self, input_tensor: torch.Tensor) -> torch.Tensor:
         raise self.error
+
+
+class RaisingInTraining(Raising):
+    """The same, and it can be trained as far as it says."""
+
+    def forward_for_training(self, input_tensor: torch.Tensor, forward_id: str) -> torch.Tensor:
+        raise self.error
+
+    def backward(
+        self, forward_id: str, grad_output: torch.Tensor, learning_rate: float | None = None
+    ) -> torch.Tensor:
+        raise self.error

@@ -5,6 +5,7 @@ codec             tensors ↔ bytes
 compute_function  the base class of what a server runs
 model_function    an nn.Module as a compute function
 model_input, training, locks   its parts: what it takes, kept graphs and steps, the weights' lock
+out_of_memory     a forward pass for which there was no memory
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         DeadlinePassed,
         InvalidRequest,
         NotReady,
+        OutOfMemory,
         Overloaded,
         ServerStartError,
         SplitlearnCommError,
@@ -43,6 +45,7 @@ __all__ = [
     "KeyValues",
     "ModelComputeFunction",
     "NotReady",
+    "OutOfMemory",
     "Overloaded",
     "ServerStartError",
     "SplitlearnCommError",
@@ -66,6 +69,7 @@ __getattr__, __dir__ = lazy_exports(
                 "DeadlinePassed",
                 "InvalidRequest",
                 "NotReady",
+                "OutOfMemory",
                 "Overloaded",
                 "ServerStartError",
                 "SplitlearnCommError",

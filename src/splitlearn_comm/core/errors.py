@@ -6,6 +6,7 @@
     │   ├── UnknownTarget       no such model_id or forward_id                           NOT_FOUND
     │   ├── NotReady            loading, draining, nothing ready: try again              UNAVAILABLE
     │   ├── Overloaded          no queue room or no memory at the moment                 RESOURCE_EXHAUSTED
+    │   │   └── OutOfMemory     no memory for this very batch
     │   ├── DeadlinePassed      the caller's time is up; the work was not done           DEADLINE_EXCEEDED
     │   ├── Unsupported         this model cannot do what was asked, ever                UNIMPLEMENTED
     │   └── ComputeFailed       the model raised or gave no tensor                       INTERNAL
@@ -51,6 +52,18 @@ class NotReady(ComputeError):
 
 class Overloaded(ComputeError):
     """There is no room for the request at the moment: a full queue, or memory."""
+
+
+class OutOfMemory(Overloaded):
+    """There was no memory to run the model on this input.
+
+    Args:
+        batch: the size of the input's first dimension.
+    """
+
+    def __init__(self, message: str, batch: int) -> None:
+        super().__init__(message)
+        self.batch = batch
 
 
 class DeadlinePassed(ComputeError):

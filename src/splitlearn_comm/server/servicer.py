@@ -27,6 +27,7 @@ from splitlearn_comm.core.codec import checked_shape
 from splitlearn_comm.core.compute_function import Computed, invoke
 from splitlearn_comm.core.errors import ComputeError, ComputeFailed, DeadlinePassed, InvalidRequest
 from splitlearn_comm.core.messages import decode_cache, encode_cache
+from splitlearn_comm.core.out_of_memory import telling_out_of_memory
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server.backend import ComputeBackend, Opened
 from splitlearn_comm.server.forwards import ForwardTarget, ForwardTargets
@@ -232,19 +233,20 @@ class ComputeServicer:
             tensor = codec.decode(request.data, request.shape)
             past = decode_cache(request.past_key_values, codec)
             started_s = self._clock()
-            if request.training_mode:
-                if past is not None:
-                    raise InvalidRequest("training_mode does not go with past_key_values")
-                forward_id = request.forward_id or uuid.uuid4().hex
-                computed = Computed(opened.function.forward_for_training(tensor, forward_id))
-                self._forwards.remember(
-                    forward_id, ForwardTarget(request.model_id, opened.model_id)
-                )
-                response.forward_id = forward_id
-            else:
-                computed = invoke(opened.function, tensor, past, request.use_cache)
-            # Moving to the processor waits for a GPU, whose work is part of the time.
-            output = _on_cpu(computed.output)
+            with telling_out_of_memory(opened.model_id, request.shape):
+                if request.training_mode:
+                    if past is not None:
+                        raise InvalidRequest("training_mode does not go with past_key_values")
+                    forward_id = request.forward_id or uuid.uuid4().hex
+                    computed = Computed(opened.function.forward_for_training(tensor, forward_id))
+                    self._forwards.remember(
+                        forward_id, ForwardTarget(request.model_id, opened.model_id)
+                    )
+                    response.forward_id = forward_id
+                else:
+                    computed = invoke(opened.function, tensor, past, request.use_cache)
+                # Moving to the processor waits for a GPU, whose work is part of the time.
+                output = _on_cpu(computed.output)
             response.compute_time_ms = (self._clock() - started_s) * 1000
             response.data, shape = codec.encode(output)
             response.shape.extend(shape)
@@ -266,13 +268,14 @@ class ComputeServicer:
         with self._opened(call, target, request.forward_id) as opened:
             grad_output = opened.codec.decode(request.grad_output_data, request.grad_output_shape)
             started_s = self._clock()
-            grad_input = _on_cpu(
-                opened.function.backward(
-                    request.forward_id,
-                    grad_output,
-                    request.learning_rate if request.HasField("learning_rate") else None,
+            with telling_out_of_memory(opened.model_id, request.grad_output_shape):
+                grad_input = _on_cpu(
+                    opened.function.backward(
+                        request.forward_id,
+                        grad_output,
+                        request.learning_rate if request.HasField("learning_rate") else None,
+                    )
                 )
-            )
             response.backward_time_ms = (self._clock() - started_s) * 1000
             self._forwards.forget(request.forward_id)
             response.grad_input_data, shape = opened.codec.encode(grad_input)

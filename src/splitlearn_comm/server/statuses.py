@@ -17,6 +17,7 @@ from splitlearn_comm.core.errors import (
     UnknownTarget,
     Unsupported,
 )
+from splitlearn_comm.core.out_of_memory import is_out_of_memory
 
 STATUS_OF: dict[type[ComputeError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -55,16 +56,3 @@ def from_model_error(model_id: str, error: BaseException) -> ComputeError:
     if is_out_of_memory(error):
         return Overloaded(f"{who} ran out of memory: {what}", "OutOfMemory")
     return ComputeFailed(f"{who} raised {what}", "ModelRaised")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that there was no memory left, on any device."""
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    # On the processor and on Apple's GPUs torch raises a plain RuntimeError, known by its text only.
-    text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "backend out of memory" in text
-    )

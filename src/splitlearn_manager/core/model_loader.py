@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from splitlearn_comm.core.out_of_memory import is_out_of_memory
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.model_source import ModelSource, resolve_source
 from splitlearn_manager.errors import InvalidModel, LoadError, SplitlearnError, WeightsNotFound
@@ -18,6 +19,7 @@ from splitlearn_manager.runtime.base import LoadedModel, nothing_to_release
 if TYPE_CHECKING:
     from torch import nn
 
+    from splitlearn_manager.core.loaders.slots import Destination
     from splitlearn_manager.core.loaders.user_code import FactoryCall
 
 __all__ = ["LoadedModel", "ModelLoader", "weights_mb"]
@@ -62,18 +64,31 @@ class ModelLoader:
             # Weights made under inference_mode could never be trained; a caller may be in it.
             with torch.inference_mode(False), torch.enable_grad():
                 return _load(config, device)
-        except SplitlearnError:
-            raise
-        except (MemoryError, torch.OutOfMemoryError) as error:
-            raise LoadError(
-                f"there is not enough memory on {device} to load {config.model_path}",
-                reason=OUT_OF_MEMORY,
-            ) from error
         except Exception as error:
-            lines = str(error).strip().splitlines()
+            if _ran_out_of_memory(error):
+                raise LoadError(
+                    f"there is not enough memory on {device} to load {config.model_path}: "
+                    f"{_first_line(error)}",
+                    reason=OUT_OF_MEMORY,
+                ) from error
+            if isinstance(error, SplitlearnError):
+                raise
             raise LoadError(
-                f"loading {config.model_path} failed: {type(error).__name__}: {lines[0] if lines else ''}"
+                f"loading {config.model_path} failed: {type(error).__name__}: {_first_line(error)}"
             ) from error
+
+
+def _ran_out_of_memory(error: BaseException | None) -> bool:
+    """Whether that is behind it, whatever the code in between made of it: a damaged file, say."""
+    while error is not None:
+        if is_out_of_memory(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), "")
 
 
 def _load(config: ModelConfig, device: str) -> LoadedModel:
@@ -81,20 +96,31 @@ def _load(config: ModelConfig, device: str) -> LoadedModel:
 
     source = resolve_source(config)
     call = factory_call(source, config, device)
+    destination = _destination(config, device)
     match source.loader:
         case "huggingface":
             from splitlearn_manager.core.loaders.huggingface import load_huggingface
 
-            module, notes = load_huggingface(_directory(source), config)
+            module, notes = load_huggingface(_directory(source), config, destination)
             return _finished(module, device, source.loader, notes)
         case "pytorch":
-            return _load_pytorch(source, call, config, device)
+            return _load_pytorch(source, call, config, destination)
         case "custom":
             return _load_custom(call, config, device)
 
 
+def _destination(config: ModelConfig, device: str) -> Destination:
+    import torch
+
+    from splitlearn_manager.core.loaders.sharing import RESIDENT, Borrower
+    from splitlearn_manager.core.loaders.slots import Destination
+
+    dtype = getattr(torch, config.config.dtype) if config.config.dtype else None
+    return Destination(device, dtype, Borrower(RESIDENT) if device == "cpu" else None)
+
+
 def _load_pytorch(
-    source: ModelSource, call: FactoryCall | None, config: ModelConfig, device: str
+    source: ModelSource, call: FactoryCall | None, config: ModelConfig, destination: Destination
 ) -> LoadedModel:
     from splitlearn_manager.core.loaders.pytorch import PytorchFile, load_pytorch
 
@@ -102,8 +128,10 @@ def _load_pytorch(
         raise InvalidModel(
             f"{config.model_path} names no file; for a repository of the hub leave out model_type"
         )
-    built = load_pytorch(PytorchFile(source.path, config.trusted, call, device))
-    return _adapted(built.module, config, device, source.loader, built.release)
+    built = load_pytorch(PytorchFile(source.path, config.trusted, call, destination))
+    if destination.borrower is not None:
+        destination.borrower.settle(built.module)
+    return _adapted(built.module, config, destination.device, source.loader, built.release)
 
 
 def _load_custom(call: FactoryCall | None, config: ModelConfig, device: str) -> LoadedModel:
@@ -156,9 +184,12 @@ def _finished(
     notes: tuple[str, ...],
     release: Callable[[], None] = nothing_to_release,
 ) -> LoadedModel:
-    """Move the module, make its weights trainable, and measure it."""
+    """Move the module, make its weights trainable and known to others, and measure it."""
+    from splitlearn_manager.core.loaders.sharing import RESIDENT
+
     module = module.to(device).eval()
     for parameter in module.parameters():
         if parameter.is_floating_point() and parameter.is_leaf:
             parameter.requires_grad_()
+    RESIDENT.add(module)
     return LoadedModel(module, weights_mb(module), loader, notes, release)

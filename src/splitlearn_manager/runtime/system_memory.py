@@ -1,10 +1,34 @@
-"""Gives memory that is no longer used back to the system, and to the GPU."""
+"""What this process asks of the system's memory: large pages for weights, and to take back what is free.
+
+Nothing here allocates, and nothing depends on whether the system does as it is asked.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import gc
 import sys
+
+_HUGE_PAGE = 2 * 2**20
+_PAGE = 4096
+_MADV_HUGEPAGE = 14
+"""Linux's number for it; Python has it only as an attribute of `mmap`."""
+
+
+def prefer_huge_pages(address: int, size: int) -> None:
+    """Ask for pages of 2 MB for memory that is about to be written for the first time.
+
+    The system then hands out (and clears) 2 MB at a time, not 4 KB, which is most of what reading weights
+    from the page cache costs. Memory use does not change: only whole 2 MB inside the range are affected.
+
+    Args:
+        address, size: in bytes; memory that this process has allocated.
+    """
+    begin = -(-address // _PAGE) * _PAGE
+    length = (address + size) // _PAGE * _PAGE - begin
+    if sys.platform == "linux" and length >= _HUGE_PAGE:
+        advise = ctypes.CDLL(None).madvise
+        advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
 
 
 def give_back(device: str) -> None:
@@ -13,9 +37,18 @@ def give_back(device: str) -> None:
     Args:
         device: where the model was: cpu, cuda:0, mps.
     """
+    gc.collect()
+    empty_caches(device)
+
+
+def empty_caches(device: str) -> None:
+    """Give back what torch and the C library keep for the next allocation, without looking for garbage.
+
+    Args:
+        device: as for `give_back`.
+    """
     import torch
 
-    gc.collect()
     if device.startswith("cuda") and torch.cuda.is_available():
         with torch.cuda.device(device):
             torch.cuda.empty_cache()

@@ -27,7 +27,7 @@ from splitlearn_comm.core import (
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server import ComputeServicer, Health, LoadSnapshot
 from support.comm_backend import FakeNode, Open
-from support.comm_models import Doubler, Raising
+from support.comm_models import Doubler, Raising, RaisingInTraining
 
 
 class Aborted(Exception):
@@ -183,6 +183,24 @@ def test_failure_names_the_model_that_was_chosen() -> None:
     assert context.details == "model 'chosen' raised ComputeFailed: worker died"
     node = FakeNode({"chosen": Raising(ComputeFailed("worker of 'chosen' died"))})
     assert refused(node, request()).details == "worker of 'chosen' died"
+
+
+@pytest.mark.parametrize("rpc", ["forward", "training", "backward"])
+def test_no_memory_for_a_batch_is_overload_and_told_with_its_size(rpc: str) -> None:
+    function = RaisingInTraining(torch.OutOfMemoryError("CUDA out of memory"))
+    node = FakeNode({"m": function})
+    if rpc == "backward":
+        message: object = backward("f", 3, model_id="m")
+    else:
+        message = request([1.0, 2.0], training_mode=rpc == "training")
+    context = refused(node, message)
+    assert context.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    batch, shape = (1, "[1, 3]") if rpc == "backward" else (2, "[2]")
+    assert context.details == (
+        f"model 'm' ran out of memory on a batch of {batch} (shape {shape}): OutOfMemoryError: CUDA out "
+        "of memory"
+    )
+    assert node.held == 0
 
 
 @pytest.mark.parametrize("error", [ValueError("bad\nTraceback: secret"), SystemExit(3)])

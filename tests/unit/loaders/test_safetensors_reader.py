@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from splitlearn_manager.core.loaders.file_format import CORRUPT_CHECKPOINT
-from splitlearn_manager.core.loaders.safetensors_reader import read_all, read_header, read_tensors
+from splitlearn_manager.core.loaders.own_memory import read_tensor
+from splitlearn_manager.core.loaders.safetensors_reader import read_all, read_header
 from splitlearn_manager.errors import InvalidModel, LoadError
 
 DTYPES = [
@@ -61,14 +62,16 @@ def test_reads_what_the_reference_library_wrote_in_every_dtype(tmp_path: Path) -
     }
     tensors |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 4), "matrix": torch.rand(3, 5)}
     save_file(tensors, tmp_path / "m.safetensors", metadata={"format": "pt"})
-    found = dict(read_tensors(tmp_path / "m.safetensors"))
+    found = read_all([tmp_path / "m.safetensors"])
     assert found.keys() == tensors.keys()
     assert all(same_bytes(found[name], tensors[name]) for name in tensors)
 
 
 def test_converts_floating_point_tensors_only(tmp_path: Path) -> None:
     save_file({"w": torch.rand(4), "ids": torch.arange(3)}, tmp_path / "m.safetensors")
-    found = dict(read_tensors(tmp_path / "m.safetensors", torch.bfloat16))
+    found = read_all(
+        [tmp_path / "m.safetensors"], lambda stored: read_tensor(stored, torch.bfloat16)
+    )
     assert found["w"].dtype is torch.bfloat16
     assert found["ids"].dtype is torch.int64
 
@@ -106,7 +109,7 @@ def test_a_header_that_lies_is_refused_before_anything_is_allocated(
 ) -> None:
     path = write(tmp_path / "m.safetensors", header, data)
     with pytest.raises(InvalidModel, match=words):
-        list(read_tensors(path))
+        read_all([path])
 
 
 def test_two_files_with_the_same_tensor_are_refused(tmp_path: Path) -> None:
@@ -123,7 +126,7 @@ def test_arbitrary_bytes_give_a_load_error_and_nothing_else(
     path = tmp_path_factory.getbasetemp() / "arbitrary.safetensors"
     path.write_bytes(data)
     try:
-        list(read_tensors(path))
+        read_all([path])
     except LoadError:
         return
     assert read_header(path) == ()

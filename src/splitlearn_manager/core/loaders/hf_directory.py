@@ -10,14 +10,17 @@ from __future__ import annotations
 import json
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from splitlearn_manager.core.loaders.file_format import corrupt
+from splitlearn_manager.core.loaders.file_format import archive_members, corrupt
+from splitlearn_manager.core.loaders.own_memory import StoredTensor, in_memory
 from splitlearn_manager.core.loaders.safetensors_reader import read_all
+from splitlearn_manager.core.loaders.torch_archive import TorchArchive
 from splitlearn_manager.errors import (
     InvalidModel,
     LoadError,
@@ -154,9 +157,12 @@ def _remote_class(directory: Path, reference: str) -> type[PreTrainedModel]:
 
 
 def read_weights(
-    directory: Path, dtype: torch.dtype | None, *, trusted: bool
+    directory: Path, read: Callable[[StoredTensor], torch.Tensor], *, trusted: bool
 ) -> dict[str, torch.Tensor]:
-    """The weights as a state dict, on the CPU; floating-point ones as `dtype` if given.
+    """The weights as a state dict.
+
+    Args:
+        read: gives a stored tensor its memory.
 
     Raises:
         WeightsNotFound: there are none (yet), or a part of them is missing.
@@ -164,13 +170,11 @@ def read_weights(
         UntrustedCheckpoint: a pytorch_model.bin holds something other than weights, and `trusted` is not set.
     """
     if files := _weights_files(directory, SAFETENSORS):
-        return read_all(files, dtype)
+        return read_all(files, read)
     if files := _weights_files(directory, TORCH_BIN):
         weights: dict[str, torch.Tensor] = {}
         for path in files:
-            weights |= read_torch_weights(path, trusted=trusted)
-        if dtype is not None:
-            weights = {k: v.to(dtype) if v.is_floating_point() else v for k, v in weights.items()}
+            weights |= read_torch_weights(path, read, trusted=trusted)
         return weights
     raise WeightsNotFound(f"{directory} has no {SAFETENSORS} and no {TORCH_BIN}")
 
@@ -193,9 +197,14 @@ def _weights_files(directory: Path, name: str) -> list[Path]:
     return [directory / part for part in names]
 
 
-def read_torch_weights(path: Path, *, trusted: bool) -> dict[str, torch.Tensor]:
+def read_torch_weights(
+    path: Path, read: Callable[[StoredTensor], torch.Tensor], *, trusted: bool
+) -> dict[str, torch.Tensor]:
     """The tensors of a file that torch.save wrote; unless `trusted`, read without running any code."""
     try:
+        weights = _read_archive(path, read)
+        if weights is not None:
+            return weights
         loaded = torch.load(path, map_location="cpu", weights_only=not trusted, mmap=False)
     except pickle.UnpicklingError as error:
         raise UntrustedCheckpoint(
@@ -205,9 +214,32 @@ def read_torch_weights(path: Path, *, trusted: bool) -> dict[str, torch.Tensor]:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
-    if not isinstance(loaded, Mapping):
+    if not isinstance(loaded, dict):
         raise InvalidModel(f"{path.name} holds a {type(loaded).__name__}; expected a state dict")
-    return {str(k): v for k, v in loaded.items() if isinstance(v, torch.Tensor)}
+    found: dict[str, torch.Tensor] = {}
+    while loaded:
+        name, value = loaded.popitem()
+        if isinstance(value, torch.Tensor):
+            found[str(name)] = read(in_memory(value))
+    return found
+
+
+def _read_archive(
+    path: Path, read: Callable[[StoredTensor], torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    """The tensors of an archive that holds nothing else, each storage read once; None for any other file."""
+    if not zipfile.is_zipfile(path) or torch.serialization.get_unsafe_globals_in_checkpoint(path):
+        return None
+    archive_members(path)
+    with TorchArchive(path) as archive:
+        tensors = archive.state_dict()
+        if tensors is None:
+            return None
+        made: dict[int, torch.Tensor] = {}
+        for stored in tensors.values():
+            if id(stored) not in made:
+                made[id(stored)] = read(stored)
+        return {name: made[id(stored)] for name, stored in tensors.items()}
 
 
 def refused_global(error: Exception) -> str:

@@ -8,7 +8,7 @@ a pooling head that nobody asked for may be missing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -25,6 +25,8 @@ from splitlearn_manager.core.loaders.hf_directory import (
     read_config,
     read_weights,
 )
+from splitlearn_manager.core.loaders.own_memory import StoredTensor, read_tensor
+from splitlearn_manager.core.loaders.slots import Destination
 from splitlearn_manager.core.loaders.text_adapter import (
     CausalTextAdapter,
     NamedInputAdapter,
@@ -37,8 +39,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def load_huggingface(directory: Path, config: ModelConfig) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model of a directory, on the CPU, and notes for people.
+def load_huggingface(
+    directory: Path, config: ModelConfig, destination: Destination | None = None
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model of a directory, and notes for people.
+
+    Args:
+        destination: where its weights are to be; on the CPU if None. Of which dtype says the config.
 
     Raises:
         WeightsNotFound, LoadError, InvalidModel, UntrustedCheckpoint: as `hf_directory`.
@@ -49,12 +56,32 @@ def load_huggingface(directory: Path, config: ModelConfig) -> tuple[nn.Module, t
         hf_config = read_config(directory, trusted=config.trusted)
         cls = model_class(directory, hf_config, options.auto_class, trusted=config.trusted)
         _refuse_two_inputs(hf_config, cls)
-    weights = read_weights(directory, dtype, trusted=config.trusted)
+    destination = destination or Destination()
+    weights = read_weights(directory, _reader(cls, destination, dtype), trusted=config.trusted)
     with BUILD_GATE.exclusive(), QUIET:
         model, info = _build(directory, cls, hf_config, weights, dtype)
     del weights
+    if destination.borrower is not None:
+        destination.borrower.settle(model)
     notes = _check_complete(directory, model, info, options)
     return _adapter(model, options), notes
+
+
+def _reader(
+    cls: type[PreTrainedModel], destination: Destination, dtype: torch.dtype | None
+) -> Callable[[StoredTensor], torch.Tensor]:
+    """Gives each tensor of the files its final memory, or that of an equal one of another model."""
+    borrower = destination.borrower if cls.__module__.startswith("transformers.models.") else None
+
+    def read(stored: StoredTensor) -> torch.Tensor:
+        if borrower is not None:
+            floating = dtype is not None and stored.dtype.is_floating_point
+            twin = borrower.equal_to(stored, dtype if floating and dtype else stored.dtype)
+            if twin is not None:
+                return twin
+        return read_tensor(stored, dtype)
+
+    return read
 
 
 def _refuse_two_inputs(config: PreTrainedConfig, cls: type[PreTrainedModel]) -> None:

@@ -10,7 +10,6 @@ Modules are made without calling their constructors, as unpickling does; tensors
 
 from __future__ import annotations
 
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from splitlearn_manager.core.loaders.file_format import archive_members, corrupt
 from splitlearn_manager.core.loaders.module_records import (
     ClassName,
     DtypeName,
@@ -30,6 +28,10 @@ from splitlearn_manager.core.loaders.module_records import (
     TensorRecord,
     read_records,
 )
+from splitlearn_manager.core.loaders.own_memory import StoredTensor, read_tensor
+from splitlearn_manager.core.loaders.slots import Destination
+from splitlearn_manager.core.loaders.storage_uses import StorageUses
+from splitlearn_manager.core.loaders.torch_archive import MAX_PICKLE_BYTES, TorchArchive
 
 _HOOKS = (
     "_backward_pre_hooks",
@@ -44,33 +46,33 @@ _HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_MAX_PICKLE_BYTES = 256 * 2**20
 
 
-def read_module(path: Path) -> nn.Module:
-    """The module that torch.save wrote whole to `path`, on the CPU.
+def read_module(path: Path, destination: Destination | None = None) -> nn.Module:
+    """The module that torch.save wrote whole to `path`.
+
+    Args:
+        destination: where its weights are to be, and as what; on the CPU, as they are stored, if None.
+            What other tensors it has are on the CPU, as they are stored.
 
     Raises:
         RefusedGlobals: it has classes or functions other than torch's own layers.
         MalformedPickle: it is no module, or not one that torch.save writes.
         LoadError: the archive is cut off or damaged (reason `CorruptCheckpoint`).
     """
-    members = archive_members(path)
-    root = next(name for name in members if name.endswith("/data.pkl")).rpartition("/")[0]
     try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.getinfo(f"{root}/data.pkl").file_size > _MAX_PICKLE_BYTES:
+        with TorchArchive(path) as archive:
+            if (archive.size("data.pkl") or 0) > MAX_PICKLE_BYTES:
                 raise MalformedPickle("its description is larger than any module needs")
-            record = read_records(archive.read(f"{root}/data.pkl"))
+            record = read_records(archive.read("data.pkl"))
             if not isinstance(record, ModuleRecord):
                 raise MalformedPickle(f"it holds {_kind(record)}, not a module")
-            if f"{root}/byteorder" in members and archive.read(f"{root}/byteorder") != b"little":
+            if not archive.is_little_endian:
                 raise MalformedPickle("it was written on a big-endian machine")
-            return _Builder(archive, root).module(record)
+            uses = StorageUses(record)
+            return _Builder(archive, uses, destination or Destination()).module(record)
     except RecursionError as error:
         raise MalformedPickle("its modules are nested without end") from error
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as error:
-        raise corrupt(path, f"is cut off or damaged ({error})") from error
 
 
 def _kind(value: object) -> str:
@@ -82,9 +84,10 @@ def _kind(value: object) -> str:
 class _Builder:
     """Makes each record once, so that what is shared in the file is shared in memory."""
 
-    def __init__(self, archive: zipfile.ZipFile, root: str) -> None:
+    def __init__(self, archive: TorchArchive, uses: StorageUses, destination: Destination) -> None:
         self._archive = archive
-        self._root = root
+        self._uses = uses
+        self._destination = destination
         self._made: dict[object, object] = {}
         self._open: set[ModuleRecord] = set()
         self._storages: dict[str, torch.Tensor] = {}
@@ -154,34 +157,36 @@ class _Builder:
         return tensor
 
     def _storage(self, record: StorageRecord) -> torch.Tensor:
-        size = record.numel * record.dtype.itemsize
-        raw = self._storages.get(record.key)
-        if raw is None:
-            name = f"{self._root}/data/{record.key}"
-            if name not in self._archive.namelist():
-                raise MalformedPickle(f"its member {name} is missing")
-            if self._archive.getinfo(name).file_size != size:
-                raise MalformedPickle(f"its member {name} is not as long as its tensors say")
-            raw = torch.empty(size, dtype=torch.uint8)
-            if size:
-                _read_into(self._archive, name, memoryview(raw.numpy().data))
-            self._storages[record.key] = raw
-        if raw.numel() != size:
+        made = self._storages.get(record.key)
+        if made is None:
+            source = self._archive.storage(record.key)
+            if source is None:
+                raise MalformedPickle(f"its member data/{record.key} is missing")
+            if source.size != record.numel * record.dtype.itemsize:
+                raise MalformedPickle(
+                    f"its member data/{record.key} is not as long as its tensors say"
+                )
+            stored = StoredTensor(record.dtype, (record.numel,), source)
+            made = self._storages[record.key] = self._placed(record.key, stored)
+        if self._uses.of_one_form(record.key):
+            return made
+        if made.nbytes != record.numel * record.dtype.itemsize:
             raise MalformedPickle("two tensors disagree about their common data")
-        return raw.view(record.dtype)
+        return made.view(record.dtype)
 
-
-def _read_into(archive: zipfile.ZipFile, name: str, target: memoryview) -> None:
-    with archive.open(name) as member:
-        done = 0
-        while done < len(target):
-            chunk = member.read(min(len(target) - done, 16 * 2**20))
-            if not chunk:
-                raise EOFError(f"{name} ends too early")
-            target[done : done + len(chunk)] = chunk
-            done += len(chunk)
-        # Reading on to the end makes zipfile compare the checksum.
-        member.read(1)
+    def _placed(self, key: str, stored: StoredTensor) -> torch.Tensor:
+        """The storage where it is to be; what is more than weights stays on the CPU, as it is stored."""
+        if not self._uses.weights_alone(key):
+            return read_tensor(stored)
+        destination = self._destination
+        shape = self._uses.parameter_alone(key)
+        if shape is not None and destination.borrower is not None:
+            dtype = destination.dtype if stored.dtype.is_floating_point else None
+            shaped = stored.with_shape(shape)
+            twin = destination.borrower.equal_to(shaped, dtype or stored.dtype)
+            if twin is not None:
+                return twin.view(-1)
+        return read_tensor(stored, destination.dtype, destination.device)
 
 
 def _check_state(record: ModuleRecord) -> None:

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from splitlearn_manager.core.loaders.torch_archive import STORAGE_DTYPES
+
 _ACTIVATIONS = (
     "relu",
     "relu6",
@@ -42,22 +44,6 @@ _ACTIVATIONS = (
     "sigmoid",
     "tanhshrink",
 )
-
-_STORAGES = {
-    "Float": "float32",
-    "Double": "float64",
-    "Half": "float16",
-    "BFloat16": "bfloat16",
-    "Long": "int64",
-    "Int": "int32",
-    "Short": "int16",
-    "Char": "int8",
-    "Byte": "uint8",
-    "Bool": "bool",
-    "ComplexFloat": "complex64",
-    "ComplexDouble": "complex128",
-}
-"""The names that storages of each dtype have in a pickle, without the ending `Storage`."""
 
 
 class RefusedGlobals(Exception):
@@ -173,8 +159,8 @@ def known_globals() -> Mapping[str, object]:
         if isinstance(value, torch.dtype):
             table[f"torch.{name}"] = DtypeName(value)
             table[str(value)] = DtypeName(value)
-    for name, dtype in _STORAGES.items():
-        table[f"torch.{name}Storage"] = DtypeName(getattr(torch, dtype))
+    for name, dtype in STORAGE_DTYPES.items():
+        table[f"torch.{name}Storage"] = DtypeName(dtype)
     for name in _ACTIVATIONS:
         function = getattr(torch.nn.functional, name)
         table[f"{function.__module__}.{function.__qualname__}"] = FunctionName(function)

@@ -13,7 +13,7 @@ memory of our own; nothing is mapped.
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,8 +24,11 @@ from splitlearn_manager.core.loaders.file_format import FileFormat, corrupt, det
 from splitlearn_manager.core.loaders.hf_directory import first_line, refused_global
 from splitlearn_manager.core.loaders.module_builder import read_module
 from splitlearn_manager.core.loaders.module_records import MalformedPickle, RefusedGlobals
-from splitlearn_manager.core.loaders.safetensors_reader import read_header, read_tensors
+from splitlearn_manager.core.loaders.own_memory import StoredTensor, in_memory
+from splitlearn_manager.core.loaders.safetensors_reader import SafetensorsFile
+from splitlearn_manager.core.loaders.slots import Destination
 from splitlearn_manager.core.loaders.state_dict import fill, needs_factory, unwrap
+from splitlearn_manager.core.loaders.torch_archive import TorchArchive
 from splitlearn_manager.core.loaders.torchscript import load_torchscript
 from splitlearn_manager.core.loaders.user_code import Built, FactoryCall
 from splitlearn_manager.errors import InvalidModel, UntrustedCheckpoint
@@ -39,13 +42,14 @@ _MAX_NAMES = 5
 class PytorchFile:
     """What is to be loaded: the file, whether it may run code, and the factory for a state dict.
 
-    `device` is where the module will be moved to: a program has devices written into it.
+    Weights are read to `destination` where the file's form permits it; the caller converts and moves
+    the rest.
     """
 
     path: Path
     trusted: bool
     factory: FactoryCall | None
-    device: str = "cpu"
+    destination: Destination = field(default_factory=Destination)
 
 
 def load_pytorch(file: PytorchFile) -> Built:
@@ -75,26 +79,44 @@ def _whole(module: nn.Module) -> Built:
 def _from_safetensors(file: PytorchFile) -> Built:
     if file.factory is None:
         raise needs_factory(file.path)
-    entries = read_header(file.path)
-    names = [entry.name for entry in entries]
-    return fill(file.path, file.factory, names, read_tensors(file.path, entries=entries))
+    with SafetensorsFile(file.path) as opened:
+        return fill(file.path, file.factory, lambda: opened.tensors, file.destination)
 
 
 def _from_torch_save(file: PytorchFile, kind: FileFormat) -> Built:
-    if file.trusted:
-        loaded = _unpickle(file.path, weights_only=False)
-    elif kind is FileFormat.TORCH_ZIP and _names_layers(file.path):
-        loaded = _read_module(file.path)
-    elif kind is FileFormat.TORCH_TAR:
+    if kind is FileFormat.TORCH_ZIP:
+        if not file.trusted and _names_layers(file.path):
+            return _whole(_read_module(file))
+        if (built := _from_archive(file)) is not None:
+            return built
+    elif kind is FileFormat.TORCH_TAR and not file.trusted:
         raise _refusal(file.path, ("it is of a format that only plain unpickling can read",))
-    else:
-        loaded = _unpickle(file.path, weights_only=True)
+    loaded = _unpickle(file.path, weights_only=not file.trusted)
     if isinstance(loaded, nn.Module):
         return _whole(loaded)
-    weights = unwrap(file.path, loaded)
+    unwrap(file.path, loaded)
     if file.factory is None:
         raise needs_factory(file.path)
-    return fill(file.path, file.factory, weights, weights.items())
+    found = [loaded]
+    del loaded
+    return fill(file.path, file.factory, lambda: _read_by_torch(file, found), file.destination)
+
+
+def _from_archive(file: PytorchFile) -> Built | None:
+    """A state dict, read from the archive tensor by tensor; None if torch has to read what is in it."""
+    with TorchArchive(file.path) as archive:
+        tensors = archive.state_dict()
+        if tensors is None:
+            return None
+        if file.factory is None:
+            raise needs_factory(file.path)
+        return fill(file.path, file.factory, lambda: tensors, file.destination)
+
+
+def _read_by_torch(file: PytorchFile, found: list[object]) -> dict[str, StoredTensor]:
+    """The state dict of a file of another form, in memory; read anew for a second attempt."""
+    loaded = found.pop() if found else _unpickle(file.path, weights_only=not file.trusted)
+    return {name: in_memory(tensor) for name, tensor in unwrap(file.path, loaded).items()}
 
 
 def _names_layers(path: Path) -> bool:
@@ -107,9 +129,10 @@ def _names_layers(path: Path) -> bool:
         raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
 
 
-def _read_module(path: Path) -> nn.Module:
+def _read_module(file: PytorchFile) -> nn.Module:
+    path = file.path
     try:
-        return read_module(path)
+        return read_module(path, file.destination)
     except RefusedGlobals as error:
         raise _refusal(path, error.names) from error
     except MalformedPickle as error:
@@ -157,8 +180,8 @@ def _load_exported(file: PytorchFile) -> nn.Module:
             raise InvalidModel(
                 f"{file.path.name}: torch cannot load this program: {first_line(error)}"
             ) from error
-    if file.device != "cpu":
-        program = move_to_device_pass(program, file.device)
+    if file.destination.device != "cpu":
+        program = move_to_device_pass(program, file.destination.device)
     return _Program(program.module(), program.example_inputs)
 
 

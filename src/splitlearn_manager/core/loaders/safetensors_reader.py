@@ -5,7 +5,7 @@ mixes two versions of the weights. So nothing is mapped here: each tensor is all
 read straight into it, which takes 1.0 × the weights in memory and no more.
 
 The header is not believed: offsets must lie inside the file, in order, without overlap or gap, and agree
-with dtype and shape. Tensors are read on the CPU; where they go then is the caller's business.
+with dtype and shape.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import TypeGuard
 
 import torch
 
 from splitlearn_manager.core.loaders.file_format import corrupt
+from splitlearn_manager.core.loaders.own_memory import StoredTensor, read_tensor
 from splitlearn_manager.errors import InvalidModel
 
 MAX_HEADER_BYTES = 100_000_000
@@ -131,53 +133,80 @@ def _check_layout(path: Path, entries: list[TensorEntry], data_start: int, file_
         raise InvalidModel(f"{path.name} has {file_size - expected:,} bytes after its last tensor")
 
 
-def read_tensors(
-    path: Path,
-    dtype: torch.dtype | None = None,
-    entries: tuple[TensorEntry, ...] | None = None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) in the order of the file; contiguous CPU tensors with memory of their own.
+class SafetensorsFile:
+    """A file that is open for reading, until `close`.
 
-    Args:
-        dtype: convert floating-point tensors to it, each one as it is read.
-        entries: read these instead of all that `read_header` finds.
+    Attributes:
+        tensors: by name, in the order of their bytes.
 
     Raises:
-        as `read_header`.
+        LoadError, InvalidModel: as `read_header`.
     """
-    entries = read_header(path) if entries is None else entries
-    with path.open("rb", buffering=0) as file:
-        for entry in entries:
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            file.seek(entry.start)
-            _fill(path, file, tensor, entry)
-            convert = dtype is not None and tensor.is_floating_point() and dtype.is_floating_point
-            yield entry.name, tensor.to(dtype) if convert else tensor
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        entries = read_header(path)
+        self._file = path.open("rb", buffering=0)
+        self.tensors = {
+            entry.name: StoredTensor(entry.dtype, entry.shape, _Part(path, self._file, entry))
+            for entry in entries
+        }
+
+    def __enter__(self) -> SafetensorsFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Nothing can be read any more."""
+        self._file.close()
 
 
-def read_all(paths: Iterable[Path], dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+class _Part:
+    """The bytes of one tensor; a `ByteSource`."""
+
+    def __init__(self, path: Path, file: io.FileIO, entry: TensorEntry) -> None:
+        self._path = path
+        self._file = file
+        self._entry = entry
+
+    def read(self, target: memoryview, start: int) -> None:
+        self._file.seek(self._entry.start + start)
+        done = 0
+        while done < len(target):
+            count = self._file.readinto(target[done:])
+            if not count:
+                raise corrupt(
+                    self._path, f"became shorter while tensor {self._entry.name!r} was read"
+                )
+            done += count
+
+    def ensure_intact(self) -> None:
+        """The format has no checksums."""
+
+
+def read_all(
+    paths: Iterable[Path], read: Callable[[StoredTensor], torch.Tensor] = read_tensor
+) -> dict[str, torch.Tensor]:
     """The tensors of several files as one state dict.
+
+    Args:
+        read: gives a stored tensor its memory; on the CPU, as it is stored, unless said otherwise.
 
     Raises:
         InvalidModel: two files hold a tensor of the same name; or as `read_header`.
     """
     found: dict[str, torch.Tensor] = {}
     for path in paths:
-        for name, tensor in read_tensors(path, dtype):
-            if name in found:
-                raise InvalidModel(f"{path.name}: tensor {name!r} is in another file as well")
-            found[name] = tensor
+        with SafetensorsFile(path) as file:
+            for name, stored in file.tensors.items():
+                if name in found:
+                    raise InvalidModel(f"{path.name}: tensor {name!r} is in another file as well")
+                found[name] = read(stored)
     return found
-
-
-def _fill(path: Path, file: io.FileIO, tensor: torch.Tensor, entry: TensorEntry) -> None:
-    if not entry.size:
-        return
-    # A view of the tensor's own bytes: `readinto` writes there without a copy in between.
-    target = memoryview(tensor.view(-1).view(torch.uint8).numpy().data)
-    done = 0
-    while done < entry.size:
-        count = file.readinto(target[done:])
-        if not count:
-            raise corrupt(path, f"became shorter while tensor {entry.name!r} was read")
-        done += count

@@ -1,22 +1,32 @@
 """Fills a module, built by the user's factory, with the weights of a file that holds nothing else.
 
 The names must match exactly, and so must the shapes: a module with some weights left at random would serve
-wrong answers. Every weight is copied into the module as the factory made it, so the module's own dtypes hold.
+wrong answers. The module's own dtypes hold, unless the config asks for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from splitlearn_manager.config.archive_size import state_dict_in
+from splitlearn_manager.config.archive_pickle import state_dict_in
+from splitlearn_manager.core.loaders.own_memory import StoredTensor, read_tensor
+from splitlearn_manager.core.loaders.slots import (
+    Destination,
+    SlotsAliased,
+    direct_slots,
+    fill_at,
+    fill_in_place,
+    mismatch,
+)
+from splitlearn_manager.core.loaders.unfilled import Unfilled
 from splitlearn_manager.core.loaders.user_code import Built, FactoryCall, build
-from splitlearn_manager.errors import InvalidModel
+from splitlearn_manager.errors import InvalidModel, LoadError
 
-_BATCH_BYTES = 64 * 2**20
+_BATCH_BYTES = 4 * 2**20
 _LISTED = 5
 
 
@@ -51,28 +61,73 @@ def needs_factory(path: Path) -> InvalidModel:
 def fill(
     path: Path,
     call: FactoryCall,
-    names: Iterable[str],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    weights: Callable[[], Mapping[str, StoredTensor]],
+    destination: Destination,
 ) -> Built:
-    """Build the module and copy `tensors` into it, a few at a time.
+    """Build the module and read the weights into it.
+
+    They are read to where they are to be, as what they are to be, one at a time: besides the module there is
+    never more in memory than a few MB. A factory is called twice where its module cannot be built without
+    values (see `unfilled`); then, and with modules that have ways of loading of their own, what is left to
+    convert or to move is the caller's.
 
     Args:
-        names: of all tensors; compared before any is read.
-        tensors: read while they are copied, so that the weights are not in memory twice.
+        weights: the tensors of the file; asked again for a second attempt.
 
     Raises:
-        InvalidModel: names or shapes differ from the module's.
+        InvalidModel: names or shapes differ from the module's; compared before any weights are read.
         LoadError: the factory raised, or reading failed.
     """
+    built = _built_without_values(call)
+    if built is not None:
+        try:
+            tensors = weights()
+            _check_fit(path, call, built.module, tensors)
+            fill_at(built.module, direct_slots(built.module) or (), tensors, destination)
+            return built
+        except SlotsAliased:
+            built.release()
+        except BaseException:
+            built.release()
+            raise
     built = build(call)
     try:
-        _check_names(path, call, set(built.module.state_dict()), set(names))
-        for batch in _batches(tensors):
-            _copy(path, built.module, batch)
+        tensors = weights()
+        _check_fit(path, call, built.module, tensors)
+        slots = direct_slots(built.module)
+        if slots is not None:
+            fill_in_place(slots, tensors)
+        else:
+            for batch in _batches(tensors):
+                _copy(path, built.module, batch)
     except BaseException:
         built.release()
         raise
     return built
+
+
+def _built_without_values(call: FactoryCall) -> Built | None:
+    """The module without values for all that will be filled; None if it must be built in the usual way."""
+    unfilled = Unfilled()
+    try:
+        built = build(call, unfilled)
+    except LoadError:
+        if unfilled.skipped:
+            return None
+        raise
+    slots = direct_slots(built.module)
+    if slots is not None and unfilled.covers(slot.tensor for slot in slots):
+        return built
+    built.release()
+    return None
+
+
+def _check_fit(
+    path: Path, call: FactoryCall, module: nn.Module, tensors: Mapping[str, StoredTensor]
+) -> None:
+    _check_names(path, call, set(module.state_dict()), set(tensors))
+    if problem := mismatch(direct_slots(module) or (), tensors):
+        raise InvalidModel(f"{path.name}: {problem}")
 
 
 def _check_names(path: Path, call: FactoryCall, wanted: set[str], found: set[str]) -> None:
@@ -91,13 +146,13 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _batches(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+def _batches(tensors: Mapping[str, StoredTensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Groups, because each call of load_state_dict walks the whole module."""
     batch: dict[str, torch.Tensor] = {}
     size = 0
-    for name, tensor in tensors:
-        batch[name] = tensor
-        size += tensor.nbytes
+    for name, stored in tensors.items():
+        batch[name] = read_tensor(stored)
+        size += batch[name].nbytes
         if size >= _BATCH_BYTES:
             yield batch
             batch, size = {}, 0

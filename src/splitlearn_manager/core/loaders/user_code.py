@@ -16,6 +16,7 @@ import importlib
 import inspect
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -58,8 +59,11 @@ class Built:
     release: Callable[[], None]
 
 
-def build(call: FactoryCall) -> Built:
+def build(call: FactoryCall, around: AbstractContextManager[object] | None = None) -> Built:
     """Call the factory.
+
+    Args:
+        around: entered while the factory runs; not while its module is imported.
 
     Raises:
         LoadError: the user's code raised; trying again may help.
@@ -72,7 +76,9 @@ def build(call: FactoryCall) -> Built:
         with BUILD_GATE.factory():
             module = _import(call, tree)
             factory = _factory(call, module)
-            built = factory(**_arguments(call, factory))
+            arguments = _arguments(call, factory)
+            with around or nullcontext():
+                built = factory(**arguments)
         if not isinstance(built, nn.Module):
             raise InvalidModel(
                 f"{call.name} returned {_described(built)}; a factory must return a torch.nn.Module"
