@@ -12,7 +12,8 @@
     │       ├── UntrustedCheckpoint                 loading would run code from the file
     │       └── OverMemoryLimit                     larger than its own max_memory_mb
     ├── AdmissionError                              no room on this node at the moment
-    │   ├── InsufficientMemory
+    │   ├── InsufficientMemory                  the budget has too little left
+    │   ├── MemoryPressure                      the budget has, but others use the memory
     │   └── MaxModels
     ├── ModelNotFound                               no model of that id
     ├── ModelUnavailable                            it exists, and cannot serve at the moment
@@ -99,6 +100,10 @@ class AdmissionError(SplitlearnError):
 
 class InsufficientMemory(AdmissionError):
     """The device's budget has too little left, and nothing may be evicted for it."""
+
+
+class MemoryPressure(AdmissionError):
+    """The device has less than its budget, because others use its memory."""
 
 
 class MaxModels(AdmissionError):

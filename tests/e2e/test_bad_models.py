@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from time import monotonic
 
 import pytest
 import torch
 from torch import nn
 
 from splitlearn_comm import RemoteComputeError
+from splitlearn_manager.core.residency import STAY_S
 from support.node import Node
 from support.served import (
     WIDTH,
@@ -275,6 +277,7 @@ def test_room_is_made_by_the_rules_and_a_request_brings_a_model_back(tmp_path: P
         declare(directory, "second", config=constant(2.0))
         node.wait_phase("second", "Ready")
         assert answer_of(node, "first") == 1.0, "so that the second is the least recently used"
+        answered_s = monotonic()
 
         declare(directory, "third", config=constant(3.0))
         node.wait_phase("third", "Ready")
@@ -282,6 +285,8 @@ def test_room_is_made_by_the_rules_and_a_request_brings_a_model_back(tmp_path: P
         assert (parked["health"], parked["reason"]) == ("Suspended", "Evicted")
         assert node.status("first")["phase"] == "Ready"
 
+        # One that has begun to answer stays for a moment, whoever waits for its room.
+        eventually(lambda: monotonic() > answered_s + STAY_S, "the first has had its time")
         assert answer_of(node, "second") == 2.0
         node.wait_phase("first", "Evicted")
         assert node.status("third")["phase"] == "Ready"

@@ -112,8 +112,8 @@ def _with_nothing_parked(real: Any) -> Any:
 
 
 def _demanded_for_ever(real: Any) -> Any:
-    def make(self: Any, model: Any, devices: Any, demanded_s: float) -> Any:
-        return dataclasses.replace(real(self, model, devices, demanded_s), demanded_s=1e12)
+    def make(self: Any, model: Any, devices: Any) -> Any:
+        return dataclasses.replace(real(self, model, devices), accepted_s=1e12)
 
     return make
 

@@ -311,6 +311,6 @@ MUTANTS = (
     Mutant(
         "weights that change while they are read are served",
         "a mapped checkpoint rewritten in place: one model of two versions",
-        lambda: [(ModelReader, "_check", lambda self, spec, running: None)],
+        lambda: [(ModelReader, "_check_unchanged", lambda self, spec: None)],
     ),
 )

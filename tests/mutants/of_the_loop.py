@@ -7,7 +7,10 @@ from typing import Any
 
 from mutants.mutant import Mutant, instead
 from simulation.machine import StateFiles
+from splitlearn_manager.core import model_reader
 from splitlearn_manager.core.events import EventKind
+from splitlearn_manager.core.measurement import Measurement
+from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.reconcile import backoff, conditions, memory, plan, reconciler
 from splitlearn_manager.reconcile.backoff import FailureRate
 from splitlearn_manager.reconcile.keeping import Keeper
@@ -16,16 +19,17 @@ from splitlearn_manager.reconcile.orders import Orders
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.record import ModelRecord
 from splitlearn_manager.reconcile.standing import Standing
+from splitlearn_manager.reconcile.waiters import Waiters
 
 
 def _demands_count_as_failures(real: Any) -> Any:
-    def ask_for(self: Any, model_id: str) -> None:
-        real(self, model_id)
-        attempt = self.attempts.get(model_id)
-        if attempt is not None:
-            self.attempts[model_id] = dataclasses.replace(attempt, failures=attempt.failures + 1)
+    def join(self: Any, model_id: str, timeout_s: float) -> Any:
+        attempts = self._memory.attempts
+        if (attempt := attempts.get(model_id)) is not None:
+            attempts[model_id] = dataclasses.replace(attempt, failures=attempt.failures + 1)
+        return real(self, model_id, timeout_s)
 
-    return ask_for
+    return join
 
 
 def _nothing_is_terminal(real: Any) -> Any:
@@ -137,7 +141,7 @@ MUTANTS = (
     Mutant(
         "retries grow with unrelated triggers",
         "controllers whose backoff counts every reconcile of the object, not its failures",
-        lambda: [instead(Memory, "ask_for", _demands_count_as_failures)],
+        lambda: [instead(Reconciler, "join", _demands_count_as_failures)],
     ),
     Mutant(
         "there is no backoff",
@@ -203,7 +207,7 @@ MUTANTS = (
     Mutant(
         "a request for a parked model is not heard",
         "activators that lose the first request: scaled to zero, for good",
-        lambda: [(Memory, "ask_for", lambda self, model_id: None)],
+        lambda: [(Waiters, "at", lambda self, now_s: {})],
     ),
     Mutant(
         "there is no way back from a failed update",
@@ -244,6 +248,21 @@ MUTANTS = (
         "a restart forgets the way back",
         "rollback history that is not kept: after a crash in the middle of a bad update nothing serves",
         lambda: [(ModelRecord, "to_go_back_to", property(lambda self: None))],
+    ),
+    Mutant(
+        "a restart forgets what loads measured",
+        "caches of sizes in memory: after a crash everything is guessed again, at the worst moment",
+        lambda: [(ModelManager, "restore_measurements", lambda self, model_id, measured: None)],
+    ),
+    Mutant(
+        "what one version measured is taken for another's",
+        "sizes cached by name: the new version is admitted at the old one's size",
+        lambda: [(model_reader, "of_version", lambda kept, version: kept[-1] if kept else None)],
+    ),
+    Mutant(
+        "larger batches are let in without the room for them",
+        "a limit that is raised live, and memory that is accounted for at the next load",
+        lambda: [(Measurement, "total_mb", lambda self, batch_size: self.weights_mb)],
     ),
     Mutant(
         "a retry is forgotten until something else happens",

@@ -1,8 +1,13 @@
 """A rule-based state machine over the model manager: loads, updates, unloads, evictions and leases in
-any order, with loaders that fail, hang and lie about sizes; every piece of work is run when the machine
-says so, on a clock of its own.
+any order, with loaders that fail, hang and lie about sizes, limits that people change and memory that
+others take; every piece of work is run when the machine says so, on a clock of its own.
 
-Each property was seen to fail once, on a bug seeded for that: I10 with `gone` releasing nothing; I11
+Each property was seen to fail once, on a bug seeded for that: I10 with `gone` releasing nothing, with
+`_add` promising instead of reserving where `add` does not ask, with `limit_mb` that leaves the ceiling
+out, with `fits_resized` always true, and with `ready` keeping the estimate; what others hold with
+`_PEAK` at 100, with a slack ten times as large, and with use that never falls; "booked once" with
+failed loads that are not closed; relief with `stop_leases_if_idle` always true, and with `pressed` left
+empty in `admit`; I11
 with `ready` draining the old instance before it publishes the new one; I16 with
 `_refuse_if_occupied` left out of `add`; I19 with pinned models evictable, and with `only_if_idle`
 ignored in `begin_unload`; I20 with `claim_close` not asking for `idle`.
@@ -16,10 +21,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitlearn_manager.core.eviction import AdmissionRequest, Admitted, MakeRoom
+from splitlearn_manager.core.eviction import AdmissionRequest, Admitted, MakeRoom, Refused
 from splitlearn_manager.core.lease import Lease
+from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import EDGES, ModelSpec, Owner, State
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.others_use import HOLD_S, Reading, floor_mb, slack_mb
+from splitlearn_manager.core.relief import first_to_go
+from splitlearn_manager.core.resource_manager import ResourceManager
+from splitlearn_manager.core.snapshot import residents
 from splitlearn_manager.errors import (
     ModelNotFound,
     ModelUnavailable,
@@ -27,11 +37,13 @@ from splitlearn_manager.errors import (
     SplitlearnError,
     UntrustedCheckpoint,
 )
-from support.fakes import Bench, broken, model
+from support.fakes import Bench, FixedBudgets, broken, model
 
 IDS = ("a", "b", "c", "d")
 ids = st.sampled_from(IDS)
 sizes = st.sampled_from((5.0, 30.0, 60.0))
+TOTAL_MB = 240.0
+PEAK = 1.25
 
 
 class ManagerMachine(RuleBasedStateMachine):
@@ -41,10 +53,13 @@ class ManagerMachine(RuleBasedStateMachine):
         super().__init__()
         self.bench = Bench(budgets_mb={"cpu": 100.0}, max_models=3)
         self.manager = self.bench.manager
+        self.others_mb = 0.0
+        self.ledger = self.manager.snapshot().ledger
         self.leases: list[tuple[Lease, ManagedModel]] = []
         self.seen_states: dict[str, State] = {}
         self.versions = 0
         self.manager.on_change(self._watch_edges)
+        self.manager.on_change(self._watch_ledger)
         # Under surge these must have an instance READY at every transition.
         self.surging: set[str] = set()
         self.violations: list[str] = []
@@ -118,11 +133,75 @@ class ManagerMachine(RuleBasedStateMachine):
                 with contextlib.suppress(OperationInProgress):
                     assert self.manager.begin_evict(victim.model_id, victim.key, "MadeRoom")
         elif isinstance(decision, Admitted):
+            assert not self._ledger().under_pressure("cpu")
             self.bench.runtime.failures.pop(model_id, None)
             with contextlib.suppress(OperationInProgress):
                 self.manager.begin_load(
                     self._spec(model_id, priority), Owner.API, decision.device, mb
                 )
+
+    @rule(mb=st.sampled_from((0.0, 60.0, 110.0, 150.0, 190.0)))
+    def others_take_memory(self, mb: float) -> None:
+        self.others_mb = mb
+
+    @rule(seconds=st.sampled_from((0.6, 6.0)))
+    def memory_is_read(self, seconds: float) -> None:
+        self._read_after(seconds)
+        on_their_way = [i for i in self.manager._instances.all() if i.state is not State.READY]
+        hidden = sum(
+            PEAK * max(i.measured_mb or 0.0, self.manager._instances.reserved_mb(i))
+            for i in on_their_way
+        )
+        left = max(0.0, TOTAL_MB - floor_mb(TOTAL_MB) - self.others_mb)
+        slack = slack_mb(TOTAL_MB)
+        # What others hold is not promised, but for what models on their way may hold instead of them.
+        assert self._ledger().ceilings["cpu"].mb <= left + hidden + slack
+        if seconds > HOLD_S and not on_their_way:
+            # Twice: what the first one believes may be the most since a model was on its way.
+            self._read_after(seconds)
+            self._read_after(seconds)
+            assert self._ledger().ceilings["cpu"].mb >= left - slack
+
+    def _read_after(self, seconds: float) -> None:
+        self.bench.clock.advance(seconds)
+        self._resources().read = {"cpu": Reading(TOTAL_MB, self._in_memory_mb() + self.others_mb)}
+        self.manager.look_at_memory()
+
+    @rule(budget_mb=st.sampled_from((40.0, 100.0, 160.0)), max_models=st.sampled_from((2, 3)))
+    def people_change_limits(self, budget_mb: float, max_models: int) -> None:
+        self._resources()._fixed = {"cpu": budget_mb}
+        self.manager.set_limits(max_models)
+
+    @rule()
+    def relieve(self) -> None:
+        """What the loop does under pressure."""
+        ledger = self._ledger()
+        if not ledger.under_pressure("cpu"):
+            return
+        request = AdmissionRequest("new", ("cpu",), 1.0, 9, self.bench.clock.now())
+        assert isinstance(self.manager._instances.decide(request, Owner.DIRECTORY), Refused)
+        known = residents(self.manager.snapshot().instances, Owner.DIRECTORY)
+        victim = first_to_go(ledger, "cpu", known)
+        if victim is None:
+            return
+        instance = self.manager.get_model(victim.model_id)
+        assert instance is not None
+        assert (instance.state, instance.idle) == (State.READY, True)
+        assert not instance.config.pinned
+        self._end_surge(victim.model_id)
+        with contextlib.suppress(OperationInProgress):
+            assert self.manager.begin_evict(victim.model_id, victim.key, "MemoryPressure")
+
+    def _ledger(self) -> Ledger:
+        return self.manager.snapshot().ledger
+
+    def _resources(self) -> FixedBudgets:
+        resources: ResourceManager = self.manager.resources
+        assert isinstance(resources, FixedBudgets)
+        return resources
+
+    def _in_memory_mb(self) -> float:
+        return sum(running.memory_mb for running in self.bench.runtime.open_models)
 
     @rule(model_id=ids)
     def evict_in_use(self, model_id: str) -> None:
@@ -192,17 +271,43 @@ class ManagerMachine(RuleBasedStateMachine):
             if model_id not in self.manager.table.by_model
         ]
 
+    def _watch_ledger(self) -> None:
+        """No over-commit at any step: what comes fits what is there, what grows fits the budget."""
+        before, after = self.ledger, self._ledger()
+        self.ledger = after
+        used, there = sum(r.mb for r in after.reservations.values()), after.budgets_mb["cpu"]
+        if (ceiling := after.ceilings.get("cpu")) is not None:
+            there = min(there, ceiling.total_mb - ceiling.others_mb - ceiling.floor_mb)
+        if after.reservations.keys() - before.reservations.keys():
+            if used > there or len(after.reservations) > after.max_models:
+                self.violations.append(f"reserved above the limits: {after}")
+        elif used > max(before.used_mb("cpu"), after.budgets_mb["cpu"]):
+            self.violations.append(f"grew above the budget: {after}")
+
     @invariant()
     def every_transition_was_legal(self) -> None:
         assert self.violations == []
 
     @invariant()
-    def budget_is_never_broken(self) -> None:
-        """I10, and every instance that may hold memory has a reservation."""
-        ledger = self.manager._instances.ledger
-        assert ledger.used_mb("cpu") <= 100.0
-        assert len(ledger.reservations) <= 3
-        assert {i.key for i in self.manager._instances.all()} == set(ledger.reservations)
+    def every_reservation_has_an_owner(self) -> None:
+        """I10: all that may hold memory holds a reservation, which is that of nobody else."""
+        held = self._ledger().reservations
+        assert {i.key for i in self.manager._instances.all()} == set(held)
+        assert all(key == reservation.key for key, reservation in held.items())
+
+    @invariant()
+    def what_is_in_memory_is_booked_once_and_as_it_was_measured(self) -> None:
+        """I10 and I5, whatever estimates and loaders said."""
+        instances = self.manager._instances.all()
+        owned = [i.running for i in instances if i.running is not None]
+        assert len({id(running) for running in owned}) == len(owned)
+        held = self._ledger().reservations
+        for instance in instances:
+            if instance.state is State.READY:
+                assert instance.running is not None
+                assert held[instance.key].mb == instance.running.memory_mb
+        closing = [r for r in self.bench.runtime.open_models if r not in owned]
+        assert not closing, "in memory, and nobody's"
 
     @invariant()
     def one_operation_a_model(self) -> None:

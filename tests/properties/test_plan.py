@@ -106,7 +106,7 @@ def play(loop: Loop, history: Sequence[tuple[object, ...]]) -> None:
                 loop.loop.turn()
                 bench.executor.run_all()
         elif kind == "demand":
-            loop.loop._memory.ask_for(str(rest[0]))
+            loop.loop.join(str(rest[0]), 50.0)
         ledger = bench.manager.snapshot().ledger
         assert ledger.used_mb("cpu") <= 100.0
         assert len(ledger.reservations) <= ledger.max_models

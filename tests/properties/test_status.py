@@ -116,7 +116,7 @@ wanteds = st.builds(
     spec=specs(),
     mb=st.sampled_from([0.0, 10.0, 5000.0]),
     devices=st.sampled_from([(), ("cpu",), ("cuda:0", "cpu")]),
-    demanded_s=st.just(5.0),
+    accepted_s=st.just(5.0),
     weights_ready=st.booleans(),
     weights_problem=words,
     own_limit_problem=st.sampled_from([None, "too large"]),
@@ -243,7 +243,7 @@ def test_a_next_try_is_only_announced_where_there_will_be_one(known: Facts) -> N
 @given(nodes)
 def test_the_node_has_all_its_conditions(node: NodeFacts) -> None:
     rows = node_conditions(node)
-    assert len({row.type for row in rows}) == len(rows) == 6
+    assert len({row.type for row in rows}) == len(rows) == 7
     status = {row.type: row.status for row in rows}
     assert (status["PruneGuard"] == "True") == (node.prune_guard is not None)
     assert (status["StateKept"] == "False") == bool(node.state_problem)

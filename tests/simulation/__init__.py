@@ -33,8 +33,9 @@ Which property is checked when. A *look* is one of the node at the directory, a 
                       have not stood still (checks)
     I8   look         nothing goes without proof of its absence (oracle)
     I9   look         nor above the guard, unless just that was confirmed (oracle)
-    I10  step         nothing in memory without a reservation; transition: within limits (checks); rest: all
-                      is returned (rest)
+    I10  step         nothing in memory without a reservation; transition: within limits (checks); load:
+                      reserves what loads of that version measured, in an earlier process too (sizes);
+                      rest: all is returned (rest)
     I11  transition   under surge somebody serves (checks); turn: recreate only where surge does not fit
                       (admission); rest: after a failed update the old version serves (rest)
     I12  look         a new generation for a new spec only (oracle); turn: no update to what is there

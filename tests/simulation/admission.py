@@ -1,5 +1,8 @@
 """I19: whether the evictions of a plan were allowed, in the right order, and needed.
 
+Who is to go once idle, and takes no new requests until then, is judged like who goes: but that it may be in
+use, and that a request must have waited for it.
+
 Stated as conditions on the result, not as a way to find it: each victim might go; without any of them
 the newcomer would not fit; and all that would be missed less than the most valued victim would not have
 been enough.
@@ -16,6 +19,10 @@ from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
 
 EPSILON_MB = 1e-6
+STAY_S = 1.0
+"""So long stays at least what was loaded and is used, and as long as its load took."""
+PATIENCE_S = 1.0
+"""So long a request waits for what is in use, unless half of its time is over before."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +41,9 @@ class Room:
 
 
 def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan) -> None:
-    """Raises Broken if an eviction that makes room was not as it must be."""
-    if not any(a.verb is Verb.EVICT and a.reason == "MadeRoom" for a in made.actions):
+    """Raises Broken if an eviction that makes room, or is to make it, was not as it must be."""
+    makes_room = any(a.verb is Verb.EVICT and a.reason == "MadeRoom" for a in made.actions)
+    if not makes_room and not made.held:
         return
     views = {v.key: _as_wanted(v, wanted) for v in observed.snapshot.instances}
     ledger = observed.snapshot.ledger
@@ -49,14 +57,20 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
         f"{a.model_id} (update)": (a.device, a.mb) for a in made.actions if a.verb is Verb.UPDATE
     }
     loads = [a for a in made.actions if a.verb is Verb.LOAD]
+    loads += [_to_come(m, wanted, observed, made) for m in sorted(set(made.held.values()))]
     kept = {m for m, w in wanted.items() if w.suspended}
     for load in sorted(loads, key=lambda a: _turn(wanted, observed, a)):
         victims = _victims_for(load, made)
-        taken = {k: (r.device, r.mb) for k, r in ledger.reservations.items() if k not in going}
+        taken = {k: where for k, where in _taken(observed, made).items() if k not in going}
         room = Room({**taken, **promised}, ledger.budgets_mb, ledger.max_models)
         if victims:
             newcomer = _newcomer(load, wanted, observed)
-            stay = _Staying(kept, {v.model_id for v in views.values() if _loads(v)}, going)
+            stay = _Staying(
+                kept, {v.model_id for v in views.values() if _loads(v)}, going, observed, load
+            )
+            if any(key in made.held for key in victims):
+                _check_patience(load, observed)
+                stay = replace(stay, use_counts=False)
             _check_group(load, newcomer, [views[key] for key in victims], views, stay, room)
         going |= set(victims)
         promised[f"{load.model_id} (load)"] = (load.device, load.mb)
@@ -82,10 +96,16 @@ def check_updates(wanted: Mapping[str, Wanted], observed: Observed, made: Plan) 
             for a in made.actions
             if a.verb in (Verb.UPDATE, Verb.LOAD) and a is not update
         }
-        taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
-        room = Room({**taken, **others}, ledger.budgets_mb, ledger.max_models)
+        room = Room({**_taken(observed, made), **others}, ledger.budgets_mb, ledger.max_models)
         if any(room.fits(device, update.mb, ()) for device in wanted[model_id].devices):
             raise Broken("I11", f"{model_id} is recreated, and its new version fits beside the old")
+
+
+def _taken(observed: Observed, made: Plan) -> dict[str, tuple[str, float]]:
+    """What is reserved by whom, larger batches that are let in before anything is loaded included."""
+    held = observed.snapshot.ledger.reservations
+    adjusted = {a.key: (a.device, a.mb) for a in made.actions if a.verb is Verb.ADJUST and a.key}
+    return {**{key: (r.device, r.mb) for key, r in held.items()}, **adjusted}
 
 
 def _as_wanted(view: InstanceView, wanted: Mapping[str, Wanted]) -> InstanceView:
@@ -110,15 +130,42 @@ def _newcomer(load: Action, wanted: Mapping[str, Wanted], observed: Observed) ->
     return observed.fallbacks[load.model_id]
 
 
+def _to_come(model_id: str, wanted: Mapping[str, Wanted], observed: Observed, made: Plan) -> Action:
+    """The load that those are held for; of the version that is loaded once they are gone."""
+    (device,) = {
+        v.device for v in observed.snapshot.instances if made.held.get(v.key) == model_id
+    } or {""}
+    attempt = observed.attempts.get(model_id)
+    found = wanted[model_id]
+    if attempt is not None and attempt.concerns(found.spec) and model_id in observed.fallbacks:
+        blocked = attempt.blocks(found.spec, observed.now_s)
+        found = observed.fallbacks[model_id] if blocked else found
+    return Action(Verb.LOAD, model_id, "", spec=found.spec, device=device, mb=found.mb)
+
+
+def _check_patience(load: Action, observed: Observed) -> None:
+    demand = observed.demands.get(load.model_id)
+    if demand is None:
+        raise Broken("I19", f"requests are kept from others for {load.model_id}, which none wants")
+    waited_s = observed.now_s - demand.oldest_s
+    if waited_s < PATIENCE_S and observed.now_s < demand.urgent_s:
+        message = f"requests are kept from others for {load.model_id} after {waited_s:g} s"
+        raise Broken("I19", message)
+
+
 def _turn(
     wanted: Mapping[str, Wanted], observed: Observed, load: Action
-) -> tuple[bool, int, float, str]:
-    """Where a load stands in line: what failed last, higher priority first, the latest demand first."""
+) -> tuple[bool, int, bool, float, str]:
+    """Where a load stands in line: what failed last, higher priority first, then the longest wait of a
+    request, then what was accepted last."""
     assert load.spec is not None
     attempt = observed.attempts.get(load.model_id)
     failed = attempt is not None and attempt.concerns(load.spec)
-    demanded_s = _newcomer(load, wanted, observed).demanded_s
-    return (failed, -wanted[load.model_id].spec.config.priority, -demanded_s, load.model_id)
+    demand = observed.demands.get(load.model_id)
+    accepted_s = _newcomer(load, wanted, observed).accepted_s
+    since = -accepted_s if demand is None else demand.oldest_s
+    priority = wanted[load.model_id].spec.config.priority
+    return (failed, -priority, demand is None, since, load.model_id)
 
 
 def _victims_for(load: Action, made: Plan) -> list[str]:
@@ -129,29 +176,50 @@ def _victims_for(load: Action, made: Plan) -> list[str]:
         and a.reason == "MadeRoom"
         and a.key
         and a.detail == f"makes room for {load.model_id}"
-    ]
+    ] + sorted(key for key, model_id in made.held.items() if model_id == load.model_id)
 
 
 @dataclass(frozen=True)
 class _Staying:
-    """Who does not go, whatever comes: ids that are suspended or being updated, keys that go already."""
+    """Who does not go for a load: ids that are suspended or being updated, keys that go already, and who
+    has its time, or is about to answer.
+
+    Attributes:
+        use_counts: who is in use stays.
+    """
 
     suspended: Collection[str]
     updating: Collection[str]
     going: Collection[str]
+    observed: Observed
+    newcomer: Action
+    use_counts: bool = True
 
     def why(self, view: InstanceView) -> str | None:
         if view.state is not State.READY or view.key in self.going:
             return f"{view.state}, or going already"
         if view.spec.config.pinned:
             return "pinned"
-        if view.leases:
+        if view.leases and self.use_counts:
             return "in use"
         if view.owner is not Owner.DIRECTORY:
             return "Python's"
         if view.model_id in self.updating:
             return "being updated"
+        if view.model_id in self.observed.demands and not view.held:
+            return "about to answer requests that waited for it"
+        if self._has_its_time(view):
+            return "in the time that it was loaded for"
         return "suspended" if view.model_id in self.suspended else None
+
+    def _has_its_time(self, view: InstanceView) -> bool:
+        demand = self.observed.demands.get(self.newcomer.model_id)
+        if demand is not None and self.observed.now_s >= demand.urgent_s:
+            return False
+        if view.ready_since_s is None or not (view.requests or view.leases):
+            return False
+        stays_s = max(STAY_S, view.ready_since_s - view.loading_since_s)
+        return self.observed.now_s < view.ready_since_s + stays_s
 
 
 def _loads(view: InstanceView) -> bool:
@@ -172,8 +240,8 @@ def _check_group(
         why_not = stay.why(victim)
         if why_not is None and victim.spec.config.priority > priority:
             why_not = "of higher priority"
-        if why_not is None and not _may_go(victim, newcomer, priority):
-            why_not = "used since the newcomer was asked for"
+        if why_not is None and not _may_go(victim, newcomer, priority, stay):
+            why_not = "used since the newcomer was accepted, which no request wants"
         if why_not is not None:
             raise Broken("I19", f"{victim.key} goes for {load.model_id}, and is {why_not}")
     keys = {v.key for v in victims}
@@ -186,16 +254,18 @@ def _check_group(
     lesser = {
         v.key
         for v in views.values()
-        if stay.why(v) is None and _value(v) < worst and _may_go(v, newcomer, priority)
+        if stay.why(v) is None and _value(v) < worst and _may_go(v, newcomer, priority, stay)
     }
     if room.fits(load.device, load.mb, lesser):
         message = f"for {load.model_id}, {sorted(lesser)} would have been enough, not {keys}"
         raise Broken("I19", message)
 
 
-def _may_go(view: InstanceView, newcomer: Wanted, priority: int) -> bool:
+def _may_go(view: InstanceView, newcomer: Wanted, priority: int, stay: _Staying) -> bool:
     theirs = view.spec.config.priority
-    return theirs < priority or (theirs == priority and view.last_used_s < newcomer.demanded_s)
+    asked_for = newcomer.spec.model_id in stay.observed.demands
+    older = asked_for or view.last_used_s < newcomer.accepted_s
+    return theirs < priority or (theirs == priority and older)
 
 
 def _value(view: InstanceView) -> tuple[int, float, str]:

@@ -18,6 +18,7 @@ from simulation.machine import Broken
 from simulation.models import fingerprint_now, weights_now
 from simulation.node import Node
 from simulation.retries import Retries
+from simulation.sizes import Sizes
 from simulation.words import action_words, plan_words
 from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.lifecycle import EDGES, Owner, State
@@ -62,6 +63,7 @@ class Checks:
         self.effects: Counter[str] = Counter()
         self.shared_causes = 0
         self.good: dict[str, Any] = {}
+        self.sizes = Sizes()
         self.new_process()
 
     def new_process(self) -> None:
@@ -75,6 +77,7 @@ class Checks:
         self.evicted: dict[str, float] = {}
         self._least_settle_s = float("inf")
         self._began_known = self._episode.state_is_known
+        self.sizes.new_process(state_is_known=self._began_known)
 
     # After every step.
 
@@ -88,7 +91,7 @@ class Checks:
             state = instance.state
             if state is State.LOADING or state is State.UNLOADING:
                 operations[instance.model_id] += 1
-            if (state is State.READY) != (instance.key in routed):
+            if (state is State.READY and not instance.held) != (instance.key in routed):
                 raise Broken("I16", f"{instance!r} is routed to: {instance.key in routed}")
         for model_id, count in operations.items():
             if count > 1:
@@ -100,6 +103,10 @@ class Checks:
         for running in node.lab.open:
             if running.key not in held:
                 raise Broken("I10", f"{running.key} is in memory without a reservation")
+            serves = self.states.get(running.key) is State.READY
+            if serves and held[running.key].mb < running.memory_mb - EPSILON:
+                message = f"{running.key} holds {running.memory_mb:g} MB, and less is reserved"
+                raise Broken("I10", message)
         for item in node.executor.waiting:
             if item.key not in held:
                 raise Broken("I10", f"{item.name} is under way without a reservation")
@@ -173,9 +180,13 @@ class Checks:
             if why_not is not None:
                 node.machine.violated("I14", why_not)
             self.retries.begun(instance.spec)
+            if (why_not := self.sizes.why_not(instance, _reserved_mb(node, instance))) is not None:
+                node.machine.violated("I10", why_not)
             self._is_declared(node, model_id)
             self._weights_stood_still(node, instance)
         elif event.kind is EventKind.LOADED:
+            if of_directory:
+                self.sizes.loaded(instance)
             self._loaded(node, instance)
         elif event.kind is EventKind.LOAD_FAILED:
             self.causes[model_id] += 1
@@ -243,6 +254,7 @@ class Checks:
 
     def turn(self, node: Node, turn: Turn) -> None:
         planned, self.planned = self.planned, None
+        self.sizes.turned(keeps_state=node.keeps_state)
         self._least_settle_s = min(self._least_settle_s, node.source.settle_s)
         self._in_planned_order(turn)
         for action in turn.executed:
@@ -255,7 +267,7 @@ class Checks:
             if self._rng.random() < 0.5:
                 self._ready_means_ready(node, turn)
         if planned is not None:
-            if turn.executed:
+            if turn.executed or planned.made.held:
                 check_evictions(planned.wanted, planned.observed, planned.made)
                 check_updates(planned.wanted, planned.observed, planned.made)
             if turn.executed or self._rng.random() < 0.05:
@@ -343,6 +355,7 @@ class Checks:
         """The model is desired no more: if it comes back, it is a new one."""
         self.good.pop(model_id, None)
         self.evicted.pop(model_id, None)
+        self.sizes.forget(model_id)
         self.excuse(model_id)
 
     def excuse(self, model_id: str) -> None:
@@ -357,6 +370,10 @@ class Checks:
             causes = self.causes[model_id] + self.shared_causes
             if count > 3 * causes + 3:
                 raise Broken("I12", f"{count} actions on {model_id} from {causes} causes")
+
+
+def _reserved_mb(node: Node, instance: Any) -> float:
+    return node.manager._instances._ledger.reservations[instance.key].mb
 
 
 def _shuffled(rng: Random, of: dict[str, Any]) -> dict[str, Any]:

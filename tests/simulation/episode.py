@@ -75,6 +75,7 @@ class Episode:
         self.lab.meanwhile = self._meanwhile
         self.state_is_known = True
         self.checks = Checks(self, Random(f"{self.settings.seed}/checks"))
+        self.lab.on_measured = self.checks.sizes.measured
         self.oracle = Oracle(Truth(self.machine.fs))
         self.node: Node | None = None
         self.hearing = "well"

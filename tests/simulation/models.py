@@ -1,6 +1,7 @@
 """Models that load, fail, hang and lie as the script says, and the work that does it.
 
-Weights are text: `mb=20 v=3`, with `real=45` where the estimate is wrong. A text that was cut off is a
+Weights are text: `mb=20 v=3`, with `real=45` where the estimate is wrong. Of odd versions a forward takes
+memory too, which only a load measures. A text that was cut off is a
 checkpoint that cannot be read. A loaded model remembers the bytes it was made from, so that a check
 can compare what serves with what should.
 """
@@ -17,6 +18,7 @@ from simulation.machine import Machine
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.model_source import fingerprint, resolve_source
 from splitlearn_manager.core.model_files import ModelFiles
+from splitlearn_manager.core.others_use import Reading
 from splitlearn_manager.core.resource_manager import ResourceManager
 from splitlearn_manager.errors import (
     InvalidModel,
@@ -25,6 +27,10 @@ from splitlearn_manager.errors import (
     UntrustedCheckpoint,
     WeightsNotFound,
 )
+from splitlearn_manager.runtime.base import Activations
+
+EACH_MB = 0.5
+"""What one input of a batch takes, where a forward takes anything."""
 
 _WEIGHTS = re.compile(rb"mb=(\d+)(?: real=(\d+))? v=(\d+)\n")
 
@@ -32,6 +38,13 @@ _WEIGHTS = re.compile(rb"mb=(\d+)(?: real=(\d+))? v=(\d+)\n")
 def weights(mb: int, version: int, real: int | None = None) -> bytes:
     """The content of a weights file."""
     return f"mb={mb}{f' real={real}' if real is not None else ''} v={version}\n".encode()
+
+
+def activations_of(data: bytes) -> Activations | None:
+    """What a forward takes of a model that is made of these weights."""
+    found = re.search(rb"v=(\d+)\n", data)
+    odd = found is not None and int(found[1]) % 2 == 1
+    return Activations(((1.0, EACH_MB),)) if odd else None
 
 
 def sizes_mb(data: bytes) -> tuple[float, float] | None:
@@ -125,7 +138,13 @@ class Running:
     """A loaded model without torch; remembers what it was made from and refuses misuse."""
 
     def __init__(
-        self, lab: ModelLab, key: str, config: ModelConfig, device: str, made_of: bytes, mb: float
+        self,
+        lab: ModelLab,
+        key: str,
+        config: ModelConfig,
+        device: str,
+        made_of: bytes,
+        mb: float,
     ) -> None:
         self._lab = lab
         self.key = key
@@ -143,6 +162,9 @@ class Running:
         if self.closed:
             self._lab.machine.violated("I20", f"{self.key} is used after it was closed")
         return self
+
+    def measure_activations(self) -> Activations | None:
+        return activations_of(self.made_of)
 
     def close(self) -> None:
         self._lab.machine.effect("close")
@@ -167,6 +189,7 @@ class ModelLab:
         attempts: (model_id, at, version) of loads that have begun to run, oldest first.
         meanwhile: lets time pass in the middle of a load.
         on_rewrite: called when weights have become others in the middle of a load.
+        on_measured: called with what a load measured that has read one version.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -178,6 +201,7 @@ class ModelLab:
         self.close_takes_s = 0.02
         self.meanwhile: Callable[[float], None] = lambda seconds: None
         self.on_rewrite: Callable[[], None] = lambda: None
+        self.on_measured: Callable[..., None] = lambda *measured: None
         self._at_work: list[Work] = []
 
     def new_process(self) -> None:
@@ -218,6 +242,7 @@ class ModelLab:
         fate = item.fate
         path = resolve_source(config, self.machine.fs).path
         data = read_weights(self.machine, str(path))
+        version = (config.load_hash(), fingerprint_now(self.machine, config) or "")
         if fate.rewritten:
             self._rewrite(str(path))
         if fate.meanwhile_s:
@@ -233,6 +258,8 @@ class ModelLab:
         mb = sizes[1] * (3.0 if fate.kind == "lie" else 1.0)
         running = Running(self, item.key, config, device, data, mb)
         self.open.append(running)
+        if fingerprint_now(self.machine, config) == version[1]:
+            self.on_measured(config.model_id, version, mb, activations_of(data))
         return running
 
     def _rewrite(self, path: str) -> None:
@@ -311,3 +338,6 @@ class Resources(ResourceManager):
 
     def budgets_mb(self) -> dict[str, float]:
         return {**self._default, **self._limits.quotas_mb()}
+
+    def readings(self) -> dict[str, Reading]:
+        return {}

@@ -32,6 +32,7 @@ from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
 from splitlearn_manager.reconcile.status import Phase
 from splitlearn_manager.reconcile.store import Store
+from splitlearn_manager.reconcile.waiters import Waiter
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.live_settings import LiveSettings
 
@@ -50,6 +51,7 @@ class Request:
 
     Attributes:
         ended: how it ended; empty while it has not.
+        waiter: how the loop knows it while it waits.
     """
 
     model_id: str
@@ -58,6 +60,7 @@ class Request:
     deadline: float
     lease: Lease | None = None
     ended: str = ""
+    waiter: Waiter | None = None
 
 
 class Node:
@@ -172,7 +175,7 @@ class Node:
         request = Request(model_id, now, hold_s, now + wait_s)
         if not self._try(request):
             if model_id in self.loop.names and not self._failed(model_id):
-                self.loop.ask_for(model_id)
+                request.waiter = self.loop.join(model_id, wait_s)
             else:
                 request.ended = "refused"
         if not request.ended:
@@ -192,6 +195,9 @@ class Node:
                     request.ended = "waited in vain"
                 elif self._failed(request.model_id):
                     request.ended = "its model failed"
+            if request.waiter is not None and (request.ended or request.lease is not None):
+                self.loop.leave(request.waiter)
+                request.waiter = None
             if request.ended:
                 self.requests.remove(request)
                 ended.append(request)

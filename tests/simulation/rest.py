@@ -112,7 +112,7 @@ def _nothing_leaked(node: Node) -> None:
         raise Broken("I5", f"loaded twice: {ids}")
     known = {*(node.last.desired.models if node.last else ()), *ids}
     memory = node.loop._memory
-    for book in (memory.attempts, memory.parked, memory.served, memory.demands):
+    for book in (memory.attempts, memory.parked, memory.served, memory.waiters.at(0.0)):
         if not book.keys() <= known:
             raise Broken("I5", f"remembered of models that nobody knows: {sorted(book)}")
 

@@ -28,6 +28,7 @@ KEYS: dict[str, tuple[object, ...]] = {
     "update": ("surge", "recreate"),
     "keep_alive_s": (3, 20),
     "max_memory_mb": (15, 40),
+    "batch_size": (1, 64, 128),
     "endpoint": ("shared",),
     "device": ("cpu", "auto", "cuda:0"),
     "load_timeout_s": (3, 40),

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.model_manager import ModelManager
+from splitlearn_manager.core.others_use import Reading
 from splitlearn_manager.core.resource_manager import ResourceManager
 from splitlearn_manager.desired.state import (
     NO_INSTRUCTIONS,
@@ -18,6 +19,7 @@ from splitlearn_manager.desired.state import (
     SourceRef,
 )
 from splitlearn_manager.errors import LoadError
+from splitlearn_manager.runtime.base import Activations
 
 
 class FakeClock:
@@ -61,6 +63,7 @@ class FakeRunning:
     def __init__(self, config: ModelConfig, memory_mb: float) -> None:
         self.config = config
         self.memory_mb = memory_mb
+        self.activations: Activations | None = None
         self.notes: tuple[str, ...] = ()
         self.warmed = True
         self.closed = False
@@ -70,6 +73,9 @@ class FakeRunning:
     def compute_function(self) -> object:
         assert not self.closed, "used after it was closed"
         return self
+
+    def measure_activations(self) -> Activations | None:
+        return self.activations
 
     def close(self) -> None:
         assert not self.closed, "closed twice"
@@ -113,14 +119,22 @@ class FakeFiles:
 
 
 class FixedBudgets(ResourceManager):
-    """A machine with the devices and the memory that a test wants."""
+    """A machine with the devices and the memory that a test wants.
+
+    Attributes:
+        read: what a reading gives; nothing is read unless a test says otherwise.
+    """
 
     def __init__(self, budgets_mb: Mapping[str, float]) -> None:
         super().__init__(max_memory_percent=80)
         self._fixed = dict(budgets_mb)
+        self.read: dict[str, Reading] = {}
 
     def budgets_mb(self) -> dict[str, float]:
         return dict(self._fixed)
+
+    def readings(self) -> dict[str, Reading]:
+        return dict(self.read)
 
 
 @dataclass

@@ -10,13 +10,16 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.model_source import fingerprint, resolve_source
+from splitlearn_manager.core.measurement import Measurement, of_version
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.source import DesiredSource
 from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.record import ModelRecord
 from splitlearn_manager.reconcile.store import Store
 from support.fake_fs import FakeFileSystem
 from support.fakes import (
@@ -171,6 +174,13 @@ class LoopLab:
         """The hash of the spec that serves each model."""
         return {m: i.spec.spec_hash for m, i in self.manager.table.by_model.items()}
 
+    @staticmethod
+    def _measured(kept: ModelRecord) -> Measurement | None:
+        """What is kept of the load of the version that is declared, its files' times aside."""
+        accepted = kept.accepted
+        found = of_version(kept.measured, (accepted.load_hash, accepted.weights or ""))
+        return replace(found, weights="") if found is not None else None
+
     def end_state(self) -> dict[str, object]:
         """All that a restart must not change, by model id."""
         turn = self.loop.turn()
@@ -187,6 +197,7 @@ class LoopLab:
                     "suspended": model.suspended,
                     "guarded": model.guarded,
                     "phase": str(self.loop.status.phases[model_id]),
+                    "measured": self._measured(records[model_id]),
                     "history": [
                         (h.generation, h.what, h.source, h.outcome)
                         for h in records[model_id].history

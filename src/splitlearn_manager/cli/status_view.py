@@ -222,12 +222,27 @@ def _memory(model: Data) -> str:
     return "–"
 
 
+def _sizes(model: Data) -> Iterable[tuple[str, str]]:
+    """What its latest load measured, and what was estimated before."""
+    if model.get("weights_mb") is not None:
+        weights = f"{megabytes(model['weights_mb'])} of weights"
+        activations = (
+            f", {megabytes(model['activations_mb'])} of activations for its largest batch"
+            if model.get("activations_mb") is not None
+            else "; what a forward takes was not measured"
+        )
+        yield "measured", weights + activations
+    if model.get("estimated_mb") is not None:
+        yield "estimated", f"{megabytes(model['estimated_mb'])}, before it was loaded"
+
+
 def _details(model: Data) -> Iterable[tuple[str, str]]:
     accepted, serves = model.get("generation"), model.get("observed_generation")
     serving = f", {serves} serves" if serves not in (None, accepted) else ""
     yield "generation", f"{accepted if accepted is not None else '–'}{serving}"
     yield "declared in", source_of(model)
     yield "memory", _memory(model)
+    yield from _sizes(model)
     endpoint = model.get("endpoint") or model["model_id"]
     pinned = ", pinned" if model.get("pinned") else ""
     yield "endpoint", f"{endpoint}, priority {model.get('priority', 0)}{pinned}"

@@ -105,7 +105,8 @@ class ModelConfig(BaseModel):
     """Which loader reads it. auto: `package.module:factory` is custom, a directory with a
     config.json is huggingface, anything else is pytorch."""
     device: Device = "auto"
-    """Where it runs. auto: the device with the most free budget, a GPU if there is room on one."""
+    """Where it runs. auto: a GPU if there is room on one, the fullest in which it fits, so that the
+    largest hole stays for large models; else the CPU."""
     batch_size: Count = 32
     """The largest batch that requests are joined into."""
     max_memory_mb: Megabytes | None = None

@@ -15,6 +15,7 @@ class EventKind(StrEnum):
     DRAIN_OVERDUE = "DrainOverdue"
     UNLOADED = "Unloaded"
     EVICTED = "Evicted"
+    OUT_OF_MEMORY = "OutOfMemory"
 
 
 @dataclass(frozen=True, slots=True)

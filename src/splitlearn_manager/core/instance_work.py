@@ -12,12 +12,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
+from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.clock import Clock, Executor
 from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.instances import Instances
 from splitlearn_manager.core.ledger import LedgerError
 from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.model_reader import ModelReader
 from splitlearn_manager.errors import (
     InsufficientMemory,
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _UNLOADED: Mapping[str, str] = {
     "MadeRoom": "another model needs the room; the next request brings it back",
+    "MemoryPressure": "others had taken the memory; the next request brings it back",
     "Idle": "nobody asked for it for keep_alive_s; the next request brings it back",
     "Pruned": "no file declares it any more",
     "Recreate": "its new version is loaded in its place",
@@ -44,6 +47,17 @@ _UNLOADED: Mapping[str, str] = {
 }
 
 _CLOSE_AGAIN_S = 1.0
+_LEVELS: Mapping[EventKind, int] = {
+    EventKind.LOAD_FAILED: logging.ERROR,
+    EventKind.OUT_OF_MEMORY: logging.WARNING,
+}
+
+
+def _takes(running: RunningModel, measured: Measurement | None, config: ModelConfig) -> str:
+    """How much memory a model takes, for people."""
+    if measured is None:
+        return f"{running.memory_mb:,.0f} MB"
+    return measured.in_words(config.batch_size)
 
 
 def why_unloaded(reason: str) -> str:
@@ -101,7 +115,7 @@ class InstanceWork:
         """Logs what happened and tells the listeners."""
         now = self._clock.now()
         event = ManagerEvent(kind, instance.model_id, instance.key, reason, message, now)
-        level = logging.ERROR if kind is EventKind.LOAD_FAILED else logging.INFO
+        level = _LEVELS.get(kind, logging.INFO)
         log_event(log, level, kind, message, model=instance.model_id, reason=reason)
         self._on_event(event)
 
@@ -121,10 +135,12 @@ class InstanceWork:
         try:
             spec, running = self._reader.read(instance.spec, instance.device)
             try:
-                old = self._instances.ready(instance, running, spec)
+                measured = self._reader.measured(spec)
+                old = self._instances.ready(instance, running, spec, measured)
             except LedgerError:
+                takes = _takes(running, measured, spec.config)
                 raise InsufficientMemory(
-                    f"model {instance.model_id!r} turned out to take {running.memory_mb:,.0f} MB, "
+                    f"model {instance.model_id!r} turned out to take {takes}, "
                     f"which does not fit on {instance.device}"
                 ) from None
         except OperationInProgress:
@@ -145,7 +161,8 @@ class InstanceWork:
         else:
             took = self._clock.now() - instance.loading_since_s
             notes = "".join(f"; {note}" for note in running.notes)
-            message = f"{running.memory_mb:,.0f} MB on {instance.device} in {took:.2f} s{notes}"
+            takes = _takes(running, measured, spec.config)
+            message = f"{takes} on {instance.device} in {took:.2f} s{notes}"
             self.report(EventKind.LOADED, instance, "Loaded", message)
             if old is not None:
                 self.close_if_drained(old)

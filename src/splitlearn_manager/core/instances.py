@@ -10,22 +10,23 @@ What holds after every method:
   through a transition made here;
 - of each model at most one instance is routed to (`current`), and at most one operation runs on it:
   a load (LOADING) or an unload (UNLOADING);
-- `table` lists exactly the READY instances that grant leases.
+- `table` lists exactly the READY instances that grant leases; one that is held does not.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.core.clock import Clock
 from splitlearn_manager.core.eviction import AdmissionRequest, Decision, admit
-from splitlearn_manager.core.ledger import Ledger
+from splitlearn_manager.core.ledger import Ceiling, Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State, check_edge
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.snapshot import InstanceView, LoadOutcome, Snapshot, residents
 from splitlearn_manager.errors import (
     InsufficientMemory,
@@ -93,6 +94,11 @@ class Instances:
         with self._lock:
             return Snapshot(self._views(), self._ledger, dict(self._outcomes))
 
+    def views(self) -> tuple[InstanceView, ...]:
+        """The instances as they are at this moment."""
+        with self._lock:
+            return self._views()
+
     def decide(self, request: AdmissionRequest, newcomer: Owner) -> Decision:
         """What admission says of the request at this moment."""
         with self._lock:
@@ -103,6 +109,14 @@ class Instances:
     def set_limits(self, budgets_mb: Mapping[str, float], max_models: int) -> None:
         with self._lock:
             self._ledger = self._ledger.with_limits(budgets_mb, max_models)
+        self._on_change()
+
+    def set_ceilings(self, ceilings: Mapping[str, Ceiling]) -> None:
+        """What the devices really have by now; nothing happens if it is what was known."""
+        with self._lock:
+            if self._ledger.ceilings == ceilings:
+                return
+            self._ledger = self._ledger.with_ceilings(ceilings)
         self._on_change()
 
     def add(self, spec: ModelSpec, owner: Owner, device: str, mb: float) -> ManagedModel | None:
@@ -119,20 +133,31 @@ class Instances:
         return instance
 
     def ready(
-        self, instance: ManagedModel, running: RunningModel, spec: ModelSpec
+        self,
+        instance: ManagedModel,
+        running: RunningModel,
+        spec: ModelSpec,
+        measured: Measurement | None = None,
     ) -> ManagedModel | None:
         """LOADING → READY: requests go to it from now on. Gives the old instance, which now drains.
 
-        Raises OperationInProgress if the instance was given up meanwhile, LedgerError if what it
-        measures does not fit its device's budget; in both cases nothing has changed.
+        It reserves its weights and a forward of its largest batch; where there is room for the weights
+        alone at the moment, those, until there is more (`adjust`): a model that is loaded already is not
+        thrown away for what it takes while it answers. Raises OperationInProgress if the instance was
+        given up meanwhile, LedgerError if what it measures does not fit its device's budget; in both
+        cases nothing has changed.
         """
         now = self._clock.now()
         with self._lock:
             if instance.state is not State.LOADING:
                 raise OperationInProgress(f"{instance.key} was given up")
-            self._ledger = self._ledger.resize(instance.key, running.memory_mb)
+            mb = running.memory_mb
+            if measured is not None:
+                mb = self._to_reserve(instance.key, mb, measured.total_mb(spec.config.batch_size))
+            self._ledger = self._ledger.resize(instance.key, mb)
             instance.running = running
             instance.measured_mb = running.memory_mb
+            instance.measured = measured
             instance.spec = spec
             self._move(instance, State.READY)
             instance.ready_since_s = now
@@ -192,6 +217,17 @@ class Instances:
         self._on_change()
         return instance
 
+    def hold(self, keys: Collection[str]) -> None:
+        """Lets exactly these READY instances take no new requests; nothing happens if that is so."""
+        with self._lock:
+            changed = [i for i in self._current.values() if i.held != (i.key in keys)]
+            for instance in changed:
+                instance.hold_leases(instance.key in keys)
+            if changed:
+                self._publish()
+        if changed:
+            self._on_change()
+
     def abandon(self, instance: ManagedModel) -> None:
         """FAILED → UNLOADING: the loader has come back, what it left is being given back."""
         with self._lock:
@@ -229,7 +265,8 @@ class Instances:
                         instance.owner,
                         successor.spec,
                         InsufficientMemory(
-                            "the limits were lowered while the old version unloaded"
+                            "the room was taken while the old version unloaded: limits were lowered, or "
+                            "others use the memory"
                         ),
                     )
                 else:
@@ -246,11 +283,21 @@ class Instances:
                 del self._successors[key]
 
     def adjust(self, model_id: str, spec: ModelSpec) -> bool:
-        """Applies a spec of the same version in place; False if another version serves."""
+        """Applies a spec of the same version in place, and reserves what it takes with that.
+
+        False, with nothing changed, if another version serves, or the spec asks for larger batches than
+        there is room for.
+        """
         with self._lock:
             instance = self._current.get(model_id)
             if instance is None or instance.spec.version != spec.version:
                 return False
+            if instance.measured is not None:
+                mb = instance.measured.total_mb(spec.config.batch_size)
+                if self._ledger.fits_resized(instance.key, mb):
+                    self._ledger = self._ledger.resize(instance.key, mb)
+                elif mb > instance.measured.total_mb(instance.config.batch_size):
+                    return False
             instance.spec = spec
             self._publish()
         self._on_change()
@@ -287,6 +334,14 @@ class Instances:
         self._instances[key] = instance
         return instance
 
+    def _to_reserve(self, key: str, weights_mb: float, total_mb: float) -> float:
+        """The total, or what is held or the weights alone where there is no room for it now."""
+        held = self._ledger.reservations[key]
+        could_fit = total_mb <= self._ledger.budgets_mb.get(held.device, 0.0)
+        if self._ledger.fits_resized(key, total_mb) or not could_fit:
+            return total_mb
+        return max(weights_mb, held.mb)
+
     def _move(self, instance: ManagedModel, state: State) -> None:
         check_edge(instance.state, state)
         instance.state = state
@@ -298,7 +353,9 @@ class Instances:
         instance.stop_leases()
 
     def _publish(self) -> None:
-        self.table = build_table((i, i.config.effective_endpoint) for i in self._current.values())
+        self.table = build_table(
+            (i, i.config.effective_endpoint) for i in self._current.values() if not i.held
+        )
 
     def _note_outcome(self, owner: Owner, spec: ModelSpec, error: SplitlearnError | None) -> None:
         self._outcomes[spec.model_id] = LoadOutcome(
@@ -323,15 +380,18 @@ class Instances:
                 device=i.device,
                 reserved_mb=self.reserved_mb(i),
                 measured_mb=i.measured_mb,
+                measured=i.measured,
                 leases=i.in_flight,
                 last_used_s=i.last_used_s,
                 loading_since_s=i.loading_since_s,
                 ready_since_s=i.ready_since_s,
                 drain_overdue=i.drain_overdue,
-                notes=i.running.notes if i.running else (),
+                notes=i.notes,
                 warmed=i.running.warmed if i.running else False,
                 requests=i.requests,
                 errors=i.errors,
+                held=i.held,
+                draining_since_s=i.draining_since_s,
             )
             for i in self._instances.values()
         )

@@ -3,6 +3,10 @@
 An instance holds a reservation from LOADING until its memory is really back, so at every moment the
 sum over a device stays within its budget, and the number of reservations within `max_models`.
 
+A budget is what models may take; a *ceiling* is what is there for them while others use the device too.
+The smaller of the two limits what is reserved anew. Budgets are people's, and what is resident stays
+above them; above a ceiling memory is promised that does not exist, and the device is under pressure.
+
 Pure: a `Ledger` never changes, every operation gives a new one. It knows no states, clocks or devices
 other than the names it is given; who should make room is decided in `eviction`.
 """
@@ -37,6 +41,34 @@ class Shortfall:
         return self.places > 0 or self.mb > 0
 
 
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What a device has for models, whatever its budget says. In MB (2**20 bytes).
+
+    Attributes:
+        total_mb: what it has for this process.
+        others_mb: what is used of it by others: other processes, and this one beside its models.
+        floor_mb: what is to stay free.
+        stalled: processes stand still for want of memory, whatever the other figures say.
+    """
+
+    total_mb: float
+    others_mb: float
+    floor_mb: float
+    stalled: bool = False
+
+    @property
+    def mb(self) -> float:
+        """What models can hold at most."""
+        return max(0.0, self.total_mb - self.floor_mb - self.others_mb)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.others_mb:,.0f} of {self.total_mb:,.0f} MB are used beside models and "
+            f"{self.floor_mb:,.0f} MB stay free"
+        )
+
+
 @dataclass(frozen=True)
 class Ledger:
     """Budgets and reservations of one node.
@@ -44,17 +76,40 @@ class Ledger:
     Attributes:
         budgets_mb: MB that may be reserved on each device; a device without an entry has no room.
         max_models: most reservations at a time.
+        ceilings: what the devices really have, as it was read last; one without an entry is not read.
     """
 
     budgets_mb: Mapping[str, float]
     max_models: int
     reservations: Mapping[str, Reservation] = field(default_factory=dict)
+    ceilings: Mapping[str, Ceiling] = field(default_factory=dict)
 
     def used_mb(self, device: str) -> float:
         return sum(r.mb for r in self.reservations.values() if r.device == device)
 
+    def limit_mb(self, device: str) -> float:
+        """MB up to which may be reserved anew: the budget, or less where others take too much of it."""
+        budget = self.budgets_mb.get(device, 0.0)
+        ceiling = self.ceilings.get(device)
+        return budget if ceiling is None else min(budget, ceiling.mb)
+
     def free_mb(self, device: str) -> float:
-        return self.budgets_mb.get(device, 0.0) - self.used_mb(device)
+        return self.limit_mb(device) - self.used_mb(device)
+
+    def excess_mb(self, device: str) -> float:
+        """MB that are promised and not there: what models would have to give back for others."""
+        ceiling = self.ceilings.get(device)
+        return 0.0 if ceiling is None else max(0.0, self.used_mb(device) - ceiling.mb)
+
+    def under_pressure(self, device: str) -> bool:
+        """Whether idle models should go and loads wait, because the memory is not there."""
+        ceiling = self.ceilings.get(device)
+        return ceiling is not None and (ceiling.stalled or self.excess_mb(device) > 0)
+
+    @property
+    def pressed(self) -> tuple[str, ...]:
+        """The devices under pressure, sorted."""
+        return tuple(sorted(device for device in self.ceilings if self.under_pressure(device)))
 
     def shortfall(self, device: str, mb: float) -> Shortfall:
         """What is missing for one more reservation of `mb` on `device`."""
@@ -85,9 +140,14 @@ class Ledger:
         return replace(self, reservations={**self.reservations, key: Reservation(key, device, mb)})
 
     def fits_resized(self, key: str, mb: float) -> bool:
-        """Whether the reservation of `key` may grow or shrink to `mb`."""
+        """Whether the reservation of `key` may grow or shrink to `mb`.
+
+        What does not grow stays, like all that is resident. For what grows the budget counts alone: it
+        is in memory already, and counts as use by others until it is booked.
+        """
         held = self.reservations[key]
-        return mb - held.mb <= self.free_mb(held.device)
+        free = self.budgets_mb.get(held.device, 0.0) - self.used_mb(held.device)
+        return mb <= held.mb or mb - held.mb <= free
 
     def resize(self, key: str, mb: float) -> Ledger:
         """Sets the reservation of `key` to what was measured. Raises LedgerError if it does not fit."""
@@ -105,3 +165,7 @@ class Ledger:
     def with_limits(self, budgets_mb: Mapping[str, float], max_models: int) -> Ledger:
         """New limits. What is resident stays, even above them; only new reservations are refused."""
         return replace(self, budgets_mb=dict(budgets_mb), max_models=max_models)
+
+    def with_ceilings(self, ceilings: Mapping[str, Ceiling]) -> Ledger:
+        """What the devices really have by now. Nothing is taken back by it."""
+        return replace(self, ceilings=dict(ceilings))

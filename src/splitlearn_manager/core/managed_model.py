@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.errors import SplitlearnError
 
 if TYPE_CHECKING:
@@ -29,7 +30,11 @@ class ManagedModel:
         device: where it runs, such as `cpu` or `cuda:0`.
         loading_since_s, ready_since_s, draining_since_s: on the manager's monotonic clock.
         measured_mb: size of its weights once loaded, in MB (2**20 bytes); None before.
+        measured: all that its load measured, and what was estimated before; None until then.
+        held: it takes no new requests for the time being, because others wait for its room.
         error: why it FAILED.
+        largest_batch: up to what size of dimension 0 batches are thought to fit, because a larger one ran
+            out of memory; None if none did.
     """
 
     def __init__(
@@ -47,12 +52,15 @@ class ManagedModel:
         self.close_started = False
         self.last_used_s = loading_since_s
         self.measured_mb: float | None = None
+        self.measured: Measurement | None = None
         self.unload_reason = ""
         self.error: SplitlearnError | None = None
+        self.largest_batch: int | None = None
         self.running: RunningModel | None = None
         self.requests = 0
         self.errors = 0
         self.busy_s = 0.0
+        self.held = False
         self._leases = 0
         self._granting = False
         self._lease_lock = threading.Lock()
@@ -83,6 +91,26 @@ class ManagedModel:
     def idle(self) -> bool:
         return self._leases == 0
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts for people, a sentence each: those of the load, and what has happened since."""
+        of_load = self.running.notes if self.running else ()
+        if self.largest_batch is None:
+            return of_load
+        return (
+            *of_load,
+            f"ran out of memory: batches of at most {self.largest_batch} are thought to fit",
+        )
+
+    def shrink_batches(self, failed: int) -> int | None:
+        """Takes note that there was no memory for a batch of `failed`. Gives the limit if it is a new one."""
+        limit = max(1, failed // 2)
+        with self._lease_lock:
+            if self.largest_batch is not None and self.largest_batch <= limit:
+                return None
+            self.largest_batch = limit
+            return limit
+
     def describe(self, reserved_mb: float) -> dict[str, object]:
         """What is known of it, for people and programs."""
         answered = self.requests
@@ -94,14 +122,26 @@ class ManagedModel:
             "generation": self.spec.generation,
             "model_path": self.config.model_path,
             "endpoint": self.config.effective_endpoint,
-            "memory_mb": self.measured_mb,
+            **self._memory(),
             "reserved_mb": reserved_mb,
             "in_flight": self.in_flight,
             "request_count": answered,
             "error_count": self.errors,
             "avg_request_ms": self.busy_s / answered * 1000.0 if answered else 0.0,
             "warmed": bool(self.running and self.running.warmed),
-            "notes": list(self.running.notes) if self.running else [],
+            "notes": list(self.notes),
+        }
+
+    def _memory(self) -> dict[str, object]:
+        """What was estimated of it and measured, in MB."""
+        measured, batch_size = self.measured, self.config.batch_size
+        if measured is None:
+            return {"memory_mb": self.measured_mb}
+        return {
+            "memory_mb": measured.total_mb(batch_size),
+            "estimated_mb": measured.estimated_mb,
+            "weights_mb": measured.weights_mb,
+            "activations_mb": measured.activations_mb(batch_size),
         }
 
     # Leases.
@@ -111,8 +151,15 @@ class ManagedModel:
         with self._lease_lock:
             self._granting = True
 
+    def hold_leases(self, hold: bool) -> None:
+        """Lets no new requests in while `hold`; those that run go on. Only for one that does not drain."""
+        with self._lease_lock:
+            self.held = hold
+            self._granting = not hold
+
     def acquire(self, now: float) -> bool:
-        """Takes a lease; False once the instance drains (the caller looks at the new routing table)."""
+        """Takes a lease; False once the instance drains or is held (the caller looks at the new routing
+        table)."""
         with self._lease_lock:
             if not self._granting:
                 return False

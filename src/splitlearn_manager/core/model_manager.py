@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,11 @@ from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.core.measurement import Measurement
+from splitlearn_manager.core.memory_watch import EVERY_S, MemoryWatch
 from splitlearn_manager.core.model_files import ModelFiles
 from splitlearn_manager.core.model_reader import ModelReader, over_own_limit
+from splitlearn_manager.core.placement import by_number
 from splitlearn_manager.core.resource_manager import ResourceManager, budget_device
 from splitlearn_manager.core.snapshot import Snapshot
 from splitlearn_manager.errors import (
@@ -42,6 +45,7 @@ from splitlearn_manager.errors import (
     LoadError,
     LoadTimeout,
     MaxModels,
+    MemoryPressure,
     ModelNotFound,
     ModelUnavailable,
     OperationInProgress,
@@ -49,6 +53,7 @@ from splitlearn_manager.errors import (
     SplitlearnError,
 )
 from splitlearn_manager.routing.table import RoutingTable
+from splitlearn_manager.runtime.system_memory import empty_caches
 
 if TYPE_CHECKING:
     from splitlearn_manager.runtime.base import Runtime
@@ -69,6 +74,9 @@ class ModelManager:
         runtime: where models run; by default in threads of this process.
         files: what is behind a model_path: sizes and fingerprints.
         clock, executor: time and threads; others for tests.
+
+    Attributes:
+        tells_idle: whether a model's becoming idle is told to the listeners of changes too.
     """
 
     def __init__(
@@ -87,9 +95,11 @@ class ModelManager:
         self._change_listeners: list[Callable[[], None]] = []
         self._event_listeners: list[Callable[[ManagerEvent], None]] = []
         self._closing = False
+        self.tells_idle = False
         self._reader = ModelReader(runtime, files or ModelFiles())
         ledger = Ledger(self.resources.budgets_mb(), max_models)
         self._instances = Instances(ledger, self._clock, self._notify)
+        self._memory = MemoryWatch(self.resources.readings, self._instances.views, self._clock)
         self._work = InstanceWork(
             self._instances, self._reader, executor or ThreadExecutor(), self._clock, self._report
         )
@@ -122,19 +132,23 @@ class ModelManager:
         """
         return self._reader.size_mb(spec)
 
-    def measured_mb(self, spec: ModelSpec) -> float | None:
-        """What a load of that version measured, in MB; None if there was none."""
-        return self._reader.measured_mb(spec)
+    def measured(self, spec: ModelSpec) -> Measurement | None:
+        """What a load of that version measured, in this process or an earlier one; None if there was none."""
+        return self._reader.measured(spec)
+
+    def measurements(self, model_id: str) -> tuple[Measurement, ...]:
+        """What loads of the model's versions measured, the latest load last: what to keep over a restart."""
+        return self._reader.measurements(model_id)
+
+    def restore_measurements(self, model_id: str, measurements: Sequence[Measurement]) -> None:
+        """Takes over what an earlier process measured."""
+        self._reader.restore(model_id, measurements)
 
     def devices_for(self, config: ModelConfig) -> tuple[str, ...]:
-        """The devices that the config admits, best first: GPUs with the most free budget before the CPU."""
-        ledger = self._instances.ledger
+        """The devices that the config admits; admission places the model on one of them."""
         if config.device != "auto":
             return (budget_device(config.device),)
-        by_room = sorted(
-            ledger.budgets_mb, key=lambda device: (device == "cpu", -ledger.free_mb(device), device)
-        )
-        return tuple(by_room)
+        return by_number(self._instances.ledger.budgets_mb)
 
     # Operations; each starts something and returns.
 
@@ -184,6 +198,11 @@ class ModelManager:
         self._work.close_if_drained(instance)
         return True
 
+    def hold(self, keys: Collection[str]) -> None:
+        """Lets exactly these instances take no new requests: others wait for their room, and they are
+        evicted once they are idle. Those that run go on."""
+        self._instances.hold(keys)
+
     def adjust(self, spec: ModelSpec) -> bool:
         """Applies a spec that loads the same model in place; False if another version serves."""
         return self._instances.adjust(spec.model_id, spec)
@@ -198,11 +217,21 @@ class ModelManager:
         self._instances.set_limits(self.resources.budgets_mb(), max_models)
 
     def tick(self) -> float | None:
-        """Gives up loads past `load_timeout_s`, reports drains past `drain_timeout_s`.
+        """Gives up loads past `load_timeout_s`, reports drains past `drain_timeout_s`, and looks at what
+        memory others have left.
 
         Returns the seconds until it should be called again, or None while nothing is under way.
         """
-        return self._work.watch_time_limits()
+        self.look_at_memory()
+        pauses = [self._work.watch_time_limits(), self._memory.waits_s]
+        if self._instances.ledger.pressed:
+            pauses.append(EVERY_S)
+        return min((pause for pause in pauses if pause is not None), default=None)
+
+    def look_at_memory(self) -> None:
+        """Reads what the devices really have left, unless that was read a moment ago."""
+        if (ceilings := self._memory.look()) is not None:
+            self._instances.set_ceilings(ceilings)
 
     # Leases.
 
@@ -233,6 +262,22 @@ class ModelManager:
         instance = lease.instance
         if instance.release(now, duration_s=now - lease.started_s, ok=lease.ok):
             self._work.close_if_drained(instance)
+        if self.tells_idle and instance.idle:
+            self._notify()
+
+    def ran_out_of_memory(self, instance: ManagedModel, batch: int) -> None:
+        """A request's pass found no memory: what it left is given back, and the largest batch halved.
+
+        No request is refused for its size: a batch that failed may pass when others need less.
+        """
+        limit = instance.shrink_batches(batch)
+        if limit is not None:
+            message = (
+                f"ran out of memory on a batch of {batch}: that request failed; from now on batches of at "
+                f"most {limit} are thought to fit"
+            )
+            self._work.report(EventKind.OUT_OF_MEMORY, instance, "OutOfMemory", message)
+        empty_caches("mps" if instance.config.device == "mps" else instance.device)
 
     # The Python API: the same operations, waiting for their end.
 
@@ -396,7 +441,7 @@ class ModelManager:
     def _load_and_wait(self, spec: ModelSpec, owner: Owner) -> None:
         """Makes room, loads, waits; raises what went wrong."""
         mb = self.size_mb(spec)
-        if (problem := over_own_limit(spec.config, mb)) is not None:
+        if (problem := over_own_limit(spec.config, mb, self.measured(spec))) is not None:
             raise OverMemoryLimit(problem)
         request = self._request(spec, mb, may_evict=True)
         while (instance := self._try_admitted(request, spec, owner, mb)) is None:
@@ -454,6 +499,7 @@ class ModelManager:
 _ADMISSION_ERRORS: Mapping[str, type[AdmissionError]] = {
     "InsufficientMemory": InsufficientMemory,
     "MaxModels": MaxModels,
+    "MemoryPressure": MemoryPressure,
 }
 
 

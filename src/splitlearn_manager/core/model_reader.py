@@ -7,10 +7,12 @@ larger than its own `max_memory_mb`. It starts no work of its own and holds no m
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.measurement import Measurement, of_version, with_newest
 from splitlearn_manager.core.model_files import ModelFiles
 from splitlearn_manager.errors import LoadError, OverMemoryLimit, WeightsChanged
 
@@ -29,28 +31,35 @@ class ModelReader:
     def __init__(self, runtime: Runtime | None, files: ModelFiles) -> None:
         self._runtime = runtime
         self._files = files
-        self._measured_mb: dict[str, tuple[tuple[str, str], float]] = {}
-        self._estimated_mb: dict[str, tuple[tuple[str, str], float]] = {}
+        self._measured: dict[str, tuple[Measurement, ...]] = {}
+        self._estimated_mb: dict[str, tuple[tuple[str, str], float | None]] = {}
 
     def size_mb(self, spec: ModelSpec) -> float:
         """What a load of the spec reserves, in MB: what it measured before, else the estimate, else 0.
 
+        What was measured covers a forward of the largest batch; an estimate is of the weights alone.
         Raises WeightsNotFound if nothing is at its model_path.
         """
-        measured_mb = self.measured_mb(spec)
-        if measured_mb is not None:
-            return measured_mb
+        if (measured := self.measured(spec)) is not None:
+            return measured.total_mb(spec.config.batch_size)
         question = (spec.spec_hash, spec.weights)
-        asked, estimated_mb = self._estimated_mb.get(spec.model_id, (None, 0.0))
+        asked, estimated_mb = self._estimated_mb.get(spec.model_id, (None, None))
         if asked != question or not spec.weights:
-            estimated_mb = self._files.estimate_mb(spec.config) or 0.0
+            estimated_mb = self._files.estimate_mb(spec.config)
             self._estimated_mb[spec.model_id] = (question, estimated_mb)
-        return estimated_mb
+        return estimated_mb or 0.0
 
-    def measured_mb(self, spec: ModelSpec) -> float | None:
-        """What a load of that version measured, in MB; None if there was none."""
-        version, mb = self._measured_mb.get(spec.model_id, (None, 0.0))
-        return mb if version == spec.version else None
+    def measured(self, spec: ModelSpec) -> Measurement | None:
+        """What a load of that version measured, in this process or an earlier one; None if there was none."""
+        return of_version(self._measured.get(spec.model_id, ()), spec.version)
+
+    def measurements(self, model_id: str) -> tuple[Measurement, ...]:
+        """What loads of the model's versions measured, the latest load last."""
+        return self._measured.get(model_id, ())
+
+    def restore(self, model_id: str, measurements: Sequence[Measurement]) -> None:
+        """Takes over what an earlier process measured."""
+        self._measured[model_id] = tuple(measurements)
 
     def fingerprint(self, config: ModelConfig) -> str:
         """What its files are now. Raises WeightsNotFound if there are none."""
@@ -58,7 +67,7 @@ class ModelReader:
 
     def forget(self, model_id: str) -> None:
         """Drops the sizes of a model that nobody wants any more."""
-        self._measured_mb.pop(model_id, None)
+        self._measured.pop(model_id, None)
         self._estimated_mb.pop(model_id, None)
 
     def read(self, spec: ModelSpec, device: str) -> tuple[ModelSpec, RunningModel]:
@@ -74,30 +83,61 @@ class ModelReader:
         running = runtime.start(spec.config, _torch_device(spec.config, device))
         try:
             read = ModelSpec(spec.config, spec.spec_hash, spec.load_hash, before, spec.generation)
-            self._check(read, running)
+            self._check_unchanged(read)
+            measured = self._measure(read, running, device, self._estimate_of(spec, read))
+            if problem := over_own_limit(read.config, measured.weights_mb):
+                raise OverMemoryLimit(problem)
         except BaseException:
             running.close()
             raise
         return read, running
 
-    def _check(self, spec: ModelSpec, running: RunningModel) -> None:
+    def _estimate_of(self, asked: ModelSpec, read: ModelSpec) -> float | None:
+        """What was estimated for what has been read, in this load or an earlier one of the version."""
+        question, estimated_mb = self._estimated_mb.get(asked.model_id, (None, None))
+        if question == (asked.spec_hash, asked.weights):
+            return estimated_mb
+        before = self.measured(read)
+        return before.estimated_mb if before is not None else None
+
+    def _check_unchanged(self, spec: ModelSpec) -> None:
         try:
             changed = self._files.fingerprint(spec.config) != spec.weights
         except LoadError:
             changed = True
         if changed:
             raise WeightsChanged(f"model {spec.model_id!r}: its files changed while they were read")
-        self._measured_mb[spec.model_id] = (spec.version, running.memory_mb)
-        if (problem := over_own_limit(spec.config, running.memory_mb)) is not None:
-            raise OverMemoryLimit(problem)
+
+    def _measure(
+        self, spec: ModelSpec, running: RunningModel, device: str, estimated_mb: float | None
+    ) -> Measurement:
+        """What the model takes. Forwards are measured once for a version on a device: that costs some."""
+        before = self.measured(spec)
+        activations = before.activations if before is not None and before.device == device else None
+        if activations is None:
+            activations = running.measure_activations()
+        measured = Measurement(*spec.version, device, estimated_mb, running.memory_mb, activations)
+        known = self.measurements(spec.model_id)
+        self._measured[spec.model_id] = with_newest(known, measured)
+        return measured
 
 
-def over_own_limit(config: ModelConfig, mb: float) -> str | None:
-    """What is wrong if a model of `mb` is larger than its own `max_memory_mb`, else None."""
+def over_own_limit(
+    config: ModelConfig, mb: float, measured: Measurement | None = None
+) -> str | None:
+    """What is wrong if the weights are larger than the model's own `max_memory_mb`, else None.
+
+    What requests take beside the weights is no part of that limit: it is the operator's word about the
+    model, and batches as large as those that are reserved for may never come.
+
+    Args:
+        mb: what the weights are thought to take, unless they have been `measured`.
+    """
     limit = config.max_memory_mb
-    if limit is None or mb <= limit:
+    weights_mb = measured.weights_mb if measured is not None else mb
+    if limit is None or weights_mb <= limit:
         return None
-    return f"model {config.model_id!r} takes {mb:,.0f} MB, its max_memory_mb is {limit:,}"
+    return f"model {config.model_id!r} takes {weights_mb:,.0f} MB, its max_memory_mb is {limit:,}"
 
 
 def _torch_device(config: ModelConfig, device: str) -> str:

@@ -22,11 +22,13 @@ from splitlearn_manager.core.clock import Clock, SystemClock
 from splitlearn_manager.core.gpus import GpuReader, GpuUsage, Nvml, torch_built_with_cuda
 from splitlearn_manager.core.host_memory import (
     BYTES_PER_MB,
-    CgroupLimit,
     HostMemory,
-    cgroup_limits,
+    MemoryLimit,
     host_memory,
+    memory_limits,
+    memory_stall,
 )
+from splitlearn_manager.core.others_use import Reading
 from splitlearn_manager.errors import ConfigError
 
 __all__ = ["GpuUsage", "ResourceManager", "ResourceUsage", "budget_device"]
@@ -149,7 +151,7 @@ class ResourceManager:
         nvml: stands in for the module `pynvml` (for tests).
         environ: stands in for the process's environment (for tests).
         torch_has_cuda: stands in for a look at the installed torch (for tests).
-        cgroups: stands in for the limits of the process's control groups (for tests).
+        memory_limits: stands in for the limits that the process stands under (for tests).
         clock: stands in for the machine's clock (for tests).
 
     Raises:
@@ -164,13 +166,13 @@ class ResourceManager:
         *,
         environ: Mapping[str, str] | None = None,
         torch_has_cuda: Callable[[], bool] = torch_built_with_cuda,
-        cgroups: Callable[[], tuple[CgroupLimit, ...]] = cgroup_limits,
+        memory_limits: Callable[[], tuple[MemoryLimit, ...]] = memory_limits,
         clock: Clock | None = None,
     ) -> None:
         self._limits = Limits(max_memory_percent, dict(memory_quota_mb or {}))
         self._limits.quotas_mb()
         self._gpus = GpuReader(nvml, environ=environ, torch_has_cuda=torch_has_cuda)
-        self._cgroups = cgroups
+        self._memory_limits = memory_limits
         self._cpu = _CpuMeter(clock or SystemClock())
         self._process = psutil.Process()
 
@@ -244,6 +246,14 @@ class ResourceManager:
         best = max(gpus, key=lambda gpu: gpu.free_mb, default=None)
         return best.device if best and best.free_mb >= min_free_memory_mb else "cpu"
 
+    def readings(self) -> dict[str, Reading]:
+        """Each device as it is now, without what cannot be read: `cpu`, `cuda:0`, …"""
+        memory = self._memory()
+        found = {"cpu": Reading(memory.total_mb, memory.used_mb, memory_stall())}
+        for gpu in self._gpus.read():
+            found[gpu.device] = Reading(gpu.total_mb, gpu.total_mb - gpu.free_mb)
+        return found
+
     # What may be reserved.
 
     def budgets_mb(self) -> dict[str, float]:
@@ -289,7 +299,7 @@ class ResourceManager:
 
     def _memory(self) -> HostMemory:
         memory = psutil.virtual_memory()
-        return host_memory(memory.total, memory.available, self._cgroups())
+        return host_memory(memory.total, memory.available, self._memory_limits())
 
 
 def _left_mb(limits: Limits, device: str, total_mb: float, free_mb: float) -> float:

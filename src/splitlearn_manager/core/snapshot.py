@@ -5,17 +5,27 @@ Pure: nothing here changes, and nothing refers to a live instance.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from splitlearn_manager.core.eviction import Resident
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.measurement import Measurement
+from splitlearn_manager.core.residency import safe_until_s
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """An instance at one moment. Times are on the manager's monotonic clock, sizes in MB."""
+    """An instance at one moment. Times are on the manager's monotonic clock, sizes in MB.
+
+    Attributes:
+        reserved_mb: while it is READY, what it holds and what a forward of its largest batch takes, or
+            less of the latter as long as there is no room for it.
+        measured_mb: its weights: what it holds while no request runs. None before it is READY.
+        measured: all that its load measured, and what was estimated before; None before it is READY.
+        held: it takes no new requests for the time being, because others wait for its room.
+    """
 
     key: str
     model_id: str
@@ -34,6 +44,9 @@ class InstanceView:
     warmed: bool
     requests: int
     errors: int
+    measured: Measurement | None = None
+    held: bool = False
+    draining_since_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,35 +76,49 @@ class Snapshot:
     outcomes: Mapping[str, LoadOutcome]
 
 
-def residents(views: Sequence[InstanceView], newcomer: Owner) -> list[Resident]:
-    """The instances as admission sees them, for a newcomer that `newcomer` asks for."""
+def residents(
+    views: Sequence[InstanceView], newcomer: Owner, awaited: Collection[str] = ()
+) -> list[Resident]:
+    """The instances as admission sees them, for a newcomer that `newcomer` asks for.
+
+    Args:
+        awaited: ids of models that requests wait for: one that is READY now answers those before it goes.
+    """
     updating = {v.model_id for v in views if v.state is State.LOADING}
 
-    def holding(view: InstanceView) -> str:
+    def kept(view: InstanceView) -> str:
+        """Why it would stay if nobody used it."""
         if view.state is not State.READY:
             return view.state.lower()
         if view.spec.config.pinned:
             return "pinned"
-        if view.leases:
-            return "in use"
         if view.model_id in updating:
             return "being updated"
         if newcomer is Owner.DIRECTORY and view.owner is Owner.API:
             return "loaded through the Python API"
+        if view.model_id in awaited and not view.held:
+            return "about to answer requests that waited for it"
         return ""
 
-    return [
-        Resident(
+    def resident(view: InstanceView) -> Resident:
+        stays = kept(view)
+        in_use = view.state is State.READY and view.leases > 0
+        return Resident(
             key=view.key,
             model_id=view.model_id,
             device=view.device,
             mb=view.reserved_mb,
             priority=view.spec.config.priority,
             last_used_s=view.last_used_s,
-            evictable=not holding(view),
+            evictable=not stays and not in_use,
             freeing=view.state is State.UNLOADING,
-            holding=holding(view),
+            holding="in use" if in_use and stays != "pinned" else stays,
+            busy=not stays and in_use,
+            safe_until_s=safe_until_s(
+                loading_since_s=view.loading_since_s,
+                ready_since_s=view.ready_since_s,
+                used=view.requests > 0 or view.leases > 0,
+            ),
         )
-        for view in views
-        if view.state is not State.GONE
-    ]
+
+    return [resident(view) for view in views if view.state is not State.GONE]

@@ -12,7 +12,7 @@ model id and each status is a series.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -118,7 +118,21 @@ class _Instruments:
         )
         self.reserved = gauge(own + "reservation_mb", "Memory reserved by models.", "device")
         self.quota = gauge(own + "quota_mb", "Memory that models may reserve.", "device")
+        self.others = gauge(
+            own + "others_mb", "Memory used by others and by the node beside its models.", "device"
+        )
+        self.pressure = gauge(
+            own + "memory_pressure",
+            "1 while others have taken the memory of models: idle ones go, loads wait.",
+            "device",
+        )
         self.evictions = counter(own + "evictions", "Models unloaded to make room or when idle.")
+        self.load_waits = histogram(
+            own + "load_wait_seconds",
+            "Time that requests waited for their model to be loaded, by outcome.",
+            _LATENCY_S,
+            "outcome",
+        )
 
 
 class _InFlight:
@@ -210,6 +224,10 @@ class MetricsCollector:
         """A model was unloaded to make room, or because it was idle."""
         self._metrics.evictions.inc()
 
+    def record_load_wait(self, outcome: Literal["served", "refused"], duration_s: float) -> None:
+        """A request that found its model not loaded waited so long, and then was served or not."""
+        self._metrics.load_waits.labels(outcome).observe(duration_s)
+
     def set_models_loaded(self, count: int) -> None:
         """So many models are READY."""
         self._metrics.loaded.set(count)
@@ -295,6 +313,12 @@ class MetricsCollector:
         """MB that may be reserved on each device; one that is not named has no series any more."""
         with self._lock:
             _replace(self._metrics.quota, quota_mb)
+
+    def set_pressure(self, others_mb: Mapping[str, float], pressed: Collection[str]) -> None:
+        """What others use of each device that is read, and which of these are under pressure."""
+        with self._lock:
+            _replace(self._metrics.others, others_mb)
+            _replace(self._metrics.pressure, {d: float(d in pressed) for d in others_mb})
 
     def update_resources(self, usage: UsageReading) -> None:
         """The machine was measured."""

@@ -23,6 +23,8 @@ class ModelReading:
         generation, observed_generation: accepted, and serving; None if none is.
         conditions: type and status of each.
         next_retry_at: unix time of the next try of a failed load; None if no time is set.
+        estimated_mb: what its weights were thought to take before they were loaded; None if nothing told.
+        weights_mb, activations_mb: what its latest load measured; None if none did.
     """
 
     model_id: str
@@ -33,6 +35,9 @@ class ModelReading:
     observed_generation: int | None = None
     conditions: Sequence[tuple[str, str]] = ()
     next_retry_at: float | None = None
+    estimated_mb: float | None = None
+    weights_mb: float | None = None
+    activations_mb: float | None = None
 
 
 Series = tuple[tuple[str, ...], float]
@@ -67,6 +72,18 @@ def _conditions(reading: ModelReading) -> Iterator[Series]:
 def _next_retry(reading: ModelReading) -> Iterator[Series]:
     if reading.next_retry_at is not None:
         yield (reading.model_id,), reading.next_retry_at
+
+
+def _estimated(reading: ModelReading) -> Iterator[Series]:
+    if reading.estimated_mb is not None:
+        yield (reading.model_id,), reading.estimated_mb
+
+
+def _measured(reading: ModelReading) -> Iterator[Series]:
+    if reading.weights_mb is not None:
+        yield (reading.model_id, "weights"), reading.weights_mb
+    if reading.activations_mb is not None:
+        yield (reading.model_id, "activations"), reading.activations_mb
 
 
 _FAMILIES = (
@@ -106,6 +123,18 @@ _FAMILIES = (
         "Unix time of the next try of a failed load.",
         ("model_id",),
         _next_retry,
+    ),
+    _Family(
+        "splitlearn_model_estimated_mb",
+        "Memory that the weights were thought to take before they were loaded, in MB.",
+        ("model_id",),
+        _estimated,
+    ),
+    _Family(
+        "splitlearn_model_measured_mb",
+        "Memory that the latest load measured, in MB: weights, and activations of the largest batch.",
+        ("model_id", "part"),
+        _measured,
     ),
 )
 

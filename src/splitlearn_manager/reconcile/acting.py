@@ -5,7 +5,8 @@ turn. Nothing here waits, and nothing is done that the plan does not say.
 
 Loads take turns: so many are under way at a time that they do not slow each other down. One that has been
 under way for `TURN_S` lends its turn to the next, so that what hangs, or comes from a slow disk, delays no
-other; how many can be under way then is bounded by `max_models` and by memory, as ever.
+other; how many can be under way then is bounded by `max_models` and by memory, as ever. Nobody makes room for
+a load whose turn has not come: until then requests may want what would go.
 """
 
 from __future__ import annotations
@@ -41,10 +42,12 @@ def carry_out(
         now_s: on the manager's clock.
         tell: told of what no event of the manager tells.
     """
-    loading = len(_turns_end(snapshot.instances, now_s))
+    may_begin = _having_turns(made, snapshot.instances, max_parallel_loads, now_s)
     executed = []
     for action in made.actions:
-        if action.after or (action.takes_turn and loading >= max_parallel_loads):
+        if action.after or (action.takes_turn and action.model_id not in may_begin):
+            continue
+        if action.makes_room_for and action.makes_room_for not in may_begin:
             continue
         try:
             done = _start(action, manager, tell)
@@ -53,16 +56,51 @@ def carry_out(
             continue
         if done:
             executed.append(action)
-            loading += action.takes_turn
     return tuple(executed)
+
+
+def _having_turns(
+    made: Plan, instances: Sequence[InstanceView], max_parallel_loads: int, now_s: float
+) -> frozenset[str]:
+    """The ids of those whose load, or whose making room, may begin now.
+
+    A load that waits for memory takes no turn from one that could start. But nobody else makes room
+    meanwhile, unless that memory takes long: requests hold it, or it has been on its way for `TURN_S`.
+    """
+    actions = {a.model_id: a for a in made.actions if a.takes_turn}
+    coming = {a.makes_room_for for a in made.actions if a.makes_room_for}
+    late = {v.model_id for v in instances if _frees_late(v, now_s)}
+    starts = rooms = max_parallel_loads - len(_turns_end(instances, now_s))
+    begin: set[str] = set()
+    for model_id in made.turns:
+        after = actions[model_id].after
+        if not after:
+            if starts > 0:
+                begin.add(model_id)
+            starts, rooms = starts - 1, rooms - 1
+        elif model_id in coming:
+            if rooms > 0:
+                begin.add(model_id)
+            rooms -= 1
+        elif not late.intersection(after):
+            rooms -= 1
+    return frozenset(begin)
+
+
+def _frees_late(view: InstanceView, now_s: float) -> bool:
+    if view.state is not State.UNLOADING:
+        return False
+    return view.leases > 0 or now_s - (view.draining_since_s or now_s) >= TURN_S
 
 
 def next_turn_s(
     made: Plan, executed: Sequence[Action], instances: Sequence[InstanceView], now_s: float
 ) -> float | None:
     """When a load lends its turn to one that could start; None if none waits for a turn."""
-    if any(a.takes_turn and not a.after and a not in executed for a in made.actions):
-        return min(_turns_end(instances, now_s), default=None)
+    if any(a.takes_turn and a not in executed for a in made.actions):
+        freed = (v.draining_since_s for v in instances if v.state is State.UNLOADING)
+        freed_late = (at + TURN_S for at in freed if at is not None and at + TURN_S > now_s)
+        return min((*_turns_end(instances, now_s), *freed_late), default=None)
     return None
 
 

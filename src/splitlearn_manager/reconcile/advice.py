@@ -33,7 +33,8 @@ _FIX = {
     "OutOfMemory": "lower max_memory_percent or memory_quota_mb: the device had less than its budget",
     "HubUnreachable": "bring the network back, or cache the revision on this machine",
     "LoadTimeout": "raise load_timeout_s if the load is only slow; if its code hangs, correct that",
-    "InsufficientMemory": "write max_memory_mb so that enough is reserved before the load",
+    "InsufficientMemory": "more memory for it: what it measured is reserved by the next try, which waits "
+    "for that much room",
     "DeviceNotFound": "let `device` name one that this node has, or write `device: auto`",
 }
 
@@ -62,6 +63,21 @@ def for_memory(
         return (quota, "a smaller model, or its weights in a smaller dtype (`config.dtype`)")
     free = {d.device: d.budget_mb - d.reserved_mb for d in node.devices}
     return (*_room(facts, wanted, holders, free), quota, *_fewer(holders))
+
+
+def for_pressure(
+    facts: Facts, wanted: Wanted, node: NodeFacts, others: Sequence[InstanceView]
+) -> tuple[str, ...]:
+    """What would help a model that waits because others use the memory of its devices."""
+    devices = " or ".join(wanted.devices) or "its device"
+    holders = [v for v in others if v.device in wanted.devices]
+    free = {d.device: d.limit_mb - d.reserved_mb for d in node.devices}
+    return (
+        f"end or shrink what else uses memory of {devices}, or give the node more: `docs/memory.md` says "
+        "what counts",
+        *_room(facts, wanted, holders, free),
+        *_fewer(holders),
+    )
 
 
 def for_place(

@@ -54,14 +54,16 @@ class Moment:
 _NEXT = {
     "InsufficientMemory": "it is loaded as soon as there is room",
     "MaxModels": "it is loaded as soon as there is a place",
+    "MemoryPressure": "it is loaded as soon as others leave enough memory",
     "AwaitingMemory": "it is loaded as soon as that memory is back",
+    "AwaitingRoom": "it is loaded in its place",
     "AwaitingTurn": "it is loaded when its turn comes",
     "WeightsNotReady": "it is loaded once they have settled",
     "OwnedByApi": "it is loaded from its file once that one is unloaded",
     "DeviceNotFound": "it waits until its file names another device",
 }
 # What these wait for others hold: who they are and what would free it is told by `explain`.
-_EXPLAINED = frozenset({"InsufficientMemory", "MaxModels"})
+_EXPLAINED = frozenset({"InsufficientMemory", "MaxModels", "MemoryPressure"})
 _STATUS_OF_SYNC = {Sync.SYNCED: "True", Sync.OUT_OF_SYNC: "False", Sync.UNKNOWN: "Unknown"}
 _AWAITS_CHANGE = "it is not tried again before its file or its weights change"
 

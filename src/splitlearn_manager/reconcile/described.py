@@ -78,7 +78,7 @@ def model_dict(
         "priority": config.priority if config else 0,
         "pinned": config.pinned if config else False,
         "device": serving.device if serving else None,
-        "memory_mb": serving.measured_mb if serving else None,
+        **dataclasses.asdict(sizes_of(facts)),
         "reserved_mb": sum(v.reserved_mb for v in facts.views),
         "in_flight": sum(v.leases for v in facts.views),
         "requests": sum(v.requests for v in facts.views),
@@ -88,6 +88,41 @@ def model_dict(
             {"at": e.at, "reason": e.reason, "message": e.message, "count": e.count} for e in events
         ],
     }
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a model was thought to take, and takes, in MB (2**20 bytes); None for what is not known.
+
+    Attributes:
+        estimated_mb: what its weights were thought to take before they were loaded.
+        weights_mb, activations_mb: what its latest load measured: the weights, and a forward of its
+            largest batch beside them.
+        memory_mb: both of what serves; None while nothing does.
+    """
+
+    estimated_mb: float | None = None
+    weights_mb: float | None = None
+    activations_mb: float | None = None
+    memory_mb: float | None = None
+
+
+def sizes_of(facts: Facts) -> Sizes:
+    """Of what serves, else of what is wanted."""
+    serving, wanted = facts.serving, facts.wanted
+    measured = serving.measured if serving else wanted.measured if wanted else None
+    if measured is None:
+        estimated_mb = wanted.mb or None if wanted is not None and serving is None else None
+        held_mb = serving.measured_mb if serving else None
+        return Sizes(estimated_mb, held_mb, None, held_mb)
+    spec = serving.spec if serving else wanted.spec if wanted else None
+    batch_size = spec.config.batch_size if spec else 1
+    return Sizes(
+        measured.estimated_mb,
+        measured.weights_mb,
+        measured.activations_mb(batch_size),
+        measured.total_mb(batch_size) if serving else None,
+    )
 
 
 def history_dict(model_id: str, entries: Sequence[HistoryEntry]) -> dict[str, object]:
@@ -130,7 +165,12 @@ def node_dict(node: NodeFacts, since: Since, phases: Mapping[str, int]) -> dict[
         "suspended": list(node.suspended),
         "restart_required": list(info.restart_required),
         "devices": [
-            {"device": d.device, "reserved_mb": d.reserved_mb, "budget_mb": d.budget_mb}
+            {
+                "device": d.device,
+                "reserved_mb": d.reserved_mb,
+                "budget_mb": d.budget_mb,
+                "limit_mb": d.limit_mb,
+            }
             for d in node.devices
         ],
         "max_models": node.max_models,

@@ -35,6 +35,7 @@ from splitlearn_manager.reconcile.explanation import (
     keep_alive,
     origin,
     requests,
+    takes,
     target,
     tries,
 )
@@ -170,6 +171,7 @@ def _ready(case: Case, wanted: Wanted) -> Explanation:
             f"is well: {serves} serves on {serving.device}, as declared",
             origin(facts),
             requests(facts),
+            takes(facts),
             f"the version before it: {late}" if late else "",
             keep_alive(facts, case.moment),
         )

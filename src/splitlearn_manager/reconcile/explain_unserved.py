@@ -14,6 +14,7 @@ from splitlearn_manager.reconcile.explanation import (
     Explanation,
     drain_end,
     hung_in_words,
+    needs,
     origin,
     times,
     tries,
@@ -25,7 +26,9 @@ _LOADS_NAMED = 8
 _HEADLINES = {
     "InsufficientMemory": "waits for memory",
     "MaxModels": "waits for a place: max_models are loaded",
+    "MemoryPressure": "waits for memory that others use",
     "AwaitingMemory": "waits for memory that is on its way back",
+    "AwaitingRoom": "is asked for, and waits for the room of another model",
     "AwaitingTurn": "waits for its turn to be loaded",
     "WeightsNotReady": "waits for its files, which are still changing",
     "DeviceNotFound": "waits for a device that this node does not have",
@@ -66,13 +69,16 @@ def loading(case: Case, wanted: Wanted) -> Explanation:
 def evicted(case: Case, wanted: Wanted) -> Explanation:
     """Parked: it comes back on request."""
     facts, config = case.facts, wanted.spec.config
-    event = next((e for e in reversed(case.events) if e.reason in ("MadeRoom", "Idle")), None)
+    whys = ("MadeRoom", "Idle", "MemoryPressure")
+    event = next((e for e in reversed(case.events) if e.reason in whys), None)
     at = f" at {case.moment.clock_of_unix(event.at)}" if event is not None else ""
     idle = event is not None and event.reason == "Idle"
     if idle and config.keep_alive_s is not None:
         why = f"it was unloaded{at}, idle for keep_alive_s = {config.keep_alive_s:g} s"
     elif idle:
         why = f"it was unloaded{at}, idle for its keep_alive_s"
+    elif event is not None and event.reason == "MemoryPressure":
+        why = f"it was unloaded{at} because others had taken the memory"
     elif event is not None:
         why = f"it was unloaded{at} to make room for another model"
     else:
@@ -160,13 +166,21 @@ def wait_in_words(
         where = " or ".join(wanted.devices)
         waits_for = "a larger budget" if too_large else f"{wanted.mb:,.0f} MB on {where}"
         helps = advice.for_memory(facts, wanted, case.node, case.others)
-        return waits_for, helps, (too_large,) if too_large else because
+        return waits_for, helps, (too_large or waiting.message, needs(wanted))
     if reason == "MaxModels":
         return (
             "a place under max_models",
             advice.for_place(facts, wanted, case.node, case.others),
             because,
         )
+    if reason == "MemoryPressure":
+        where = " or ".join(wanted.devices)
+        helps = advice.for_pressure(facts, wanted, case.node, case.others)
+        what = f"{wanted.mb:,.0f} MB on {where} that others do not use"
+        return what, helps, (waiting.message, needs(wanted))
+    if reason == "AwaitingRoom":
+        helps = advice.for_memory(facts, wanted, case.node, case.others)
+        return "another model's time to be over (each has a second at least)", helps, because
     if reason == "AwaitingMemory":
         return "memory that is on its way back", (), because
     if reason == "AwaitingTurn":

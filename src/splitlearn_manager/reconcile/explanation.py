@@ -88,6 +88,25 @@ def requests(facts: Facts) -> str:
     return f"{requests_} answered, {running:,} running" if answered or running else ""
 
 
+def takes(facts: Facts) -> str:
+    """What the serving model takes, and was thought to take; empty if that is not known."""
+    serving = facts.serving
+    if serving is None or serving.measured is None:
+        return ""
+    estimated_mb = serving.measured.estimated_mb
+    before = f"; its weights were estimated at {estimated_mb:,.0f} MB" if estimated_mb else ""
+    words = serving.measured.in_words(serving.spec.config.batch_size)
+    return f"it takes {words} on {serving.device}{before}"
+
+
+def needs(wanted: Wanted) -> str:
+    """How it is known what a load of it needs; empty if it is not known."""
+    if wanted.measured is not None:
+        words = wanted.measured.in_words(wanted.spec.config.batch_size)
+        return f"its last load measured {words}"
+    return "that is an estimate of its weights; a load measures what it takes" if wanted.mb else ""
+
+
 def keep_alive(facts: Facts, moment: Moment) -> str:
     waiting = facts.waiting
     if waiting is None or waiting.reason != "KeepAlive" or waiting.until_s is None:

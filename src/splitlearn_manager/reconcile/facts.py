@@ -148,9 +148,12 @@ class Facts:
     @property
     def failure(self) -> tuple[str, str] | None:
         """Reason and message of why the wanted version cannot be served as things are."""
-        if self.waiting is not None and self.waiting.failed:
-            return (self.waiting.reason, self.waiting.message)
-        attempt = self.failed_attempt
+        waiting, attempt = self.waiting, self.failed_attempt
+        if waiting is not None and waiting.failed:
+            return (waiting.reason, waiting.message)
+        if waiting is not None and attempt is not None and waiting.reason == attempt.reason:
+            # It turned out to need more room than there was, and waits for that much: no failure any more.
+            return None
         return (attempt.reason, attempt.message) if attempt is not None else None
 
     @property

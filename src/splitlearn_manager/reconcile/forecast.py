@@ -30,6 +30,9 @@ def forecast(
         if action.mode is Mode.RECREATE and old is not None:
             used[old.device] = used.get(old.device, 0.0) - old.mb
             old = None
+        if action.verb is Verb.ADJUST and old is not None:
+            used[old.device] = used.get(old.device, 0.0) + action.mb - old.mb
+            peak[old.device] = max(peak.get(old.device, 0.0), used[old.device])
         if action.verb in (Verb.LOAD, Verb.UPDATE):
             settle(0 if action.after else max_parallel_loads - 1)
             used[action.device] = used.get(action.device, 0.0) + action.mb

@@ -1,4 +1,4 @@
-"""Keeps the record of a node: what was accepted, served, suspended, and how it went.
+"""Keeps the record of a node: what was accepted, served, suspended, how it went, and what it took.
 
 The loop tells it what it found, before it acts on it; so whatever a crash interrupts, the next start
 knows at least as much as the loop knew when it began. What cannot be written stays to be written, is said
@@ -8,11 +8,12 @@ once, and stops nothing. It decides nothing about models.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from splitlearn_manager.core.clock import Clock
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.snapshot import Snapshot
 from splitlearn_manager.desired.state import DesiredModel, DesiredState
 from splitlearn_manager.logs import log_event
@@ -145,6 +146,17 @@ class Keeper:
             self.models = {**self.models, **changed}
             self._dirty = True
 
+    def take_measurements(self, measured: Mapping[str, Sequence[Measurement]]) -> None:
+        """Takes note of what loads of models measured, of those of the directory."""
+        changed = {
+            model_id: replace(kept, measured=tuple(found))
+            for model_id, found in measured.items()
+            if (kept := self.models.get(model_id)) is not None and kept.measured != tuple(found)
+        }
+        if changed:
+            self.models = {**self.models, **changed}
+            self._dirty = True
+
     def save(self, *, recheck: bool) -> None:
         """Writes what is not on the disk yet; after a failure at most once a second.
 
@@ -202,7 +214,7 @@ class Keeper:
         history = old.history
         if what := _difference(old.accepted, accepted):
             history = (*history, self._entry(accepted, what))[-HISTORY_KEPT:]
-        return ModelRecord(accepted, other, suspended, history)
+        return ModelRecord(accepted, other, suspended, history, old.measured)
 
     def _entry(self, model: DesiredModel, what: str) -> HistoryEntry:
         return HistoryEntry(model.generation, self._clock.wall(), what, str(model.source))

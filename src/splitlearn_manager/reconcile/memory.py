@@ -1,8 +1,7 @@
 """What the loop remembers between turns of what has happened to models; a crash forgets most of it.
 
-Failed attempts (for the backoff and the rate limit), which models were evicted, which version of each
-served last, and when models were asked for. It is fed with outcomes and events, and read by planning; it
-decides nothing itself.
+Failed attempts (for the backoff and the rate limit), which models were evicted, and which version of each
+served last. It is fed with outcomes and events, and read by planning; it decides nothing itself.
 """
 
 from __future__ import annotations
@@ -15,17 +14,19 @@ from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.snapshot import LoadOutcome, Snapshot
 from splitlearn_manager.reconcile.actions import Wanted
 from splitlearn_manager.reconcile.backoff import Attempt, FailureRate, after_failure
+from splitlearn_manager.reconcile.waiters import Waiters
 
 
 class Memory:
-    """See the module's text. `event` and `ask_for` may be called from any thread.
+    """See the module's text. `event` may be called from any thread.
 
     Attributes:
         attempts: failed loads, by model id.
         parked: when a model was evicted, by id, on the manager's clock.
         served: the version of a model of the directory that was READY last, by id. It is what is gone
             back to when another version cannot be loaded, until it cannot be loaded itself.
-        demands: when a model was last asked for, by id.
+        measured: ids of which a load, in this process or an earlier one, has measured what they take.
+        waiters: the requests that wait for models.
         failure_rate: how often loads fail, by id.
         revision: another number as soon as something that planning reads is another.
     """
@@ -38,19 +39,15 @@ class Memory:
         self.attempts: dict[str, Attempt] = {}
         self.parked: dict[str, float] = {}
         self.served: dict[str, ModelSpec] = {}
-        self.demands: dict[str, float] = {}
+        self.measured: set[str] = set()
+        self.waiters = Waiters()
         self.failure_rate = FailureRate()
         self.revision = 0
-        self._measured: set[str] = set()
+        self._newly_measured: set[str] = set()
 
     def event(self, event: ManagerEvent) -> None:
         """Something happened to an instance; kept for the next turn."""
         self._events.append(event)
-
-    def ask_for(self, model_id: str) -> None:
-        """A request wants the model."""
-        self.demands[model_id] = self._now()
-        self.revision += 1
 
     def retry(self, model_id: str) -> None:
         """Somebody asks that its failed load is tried again, whatever the backoff says."""
@@ -74,7 +71,8 @@ class Memory:
         for outcome in sorted(fresh, key=lambda o: o.serial):
             self._seen_outcome = outcome.serial
             self.revision += 1
-            self._measured.add(outcome.model_id)
+            self.measured.add(outcome.model_id)
+            self._newly_measured.add(outcome.model_id)
             if outcome.owner is Owner.DIRECTORY:
                 self._absorb(outcome, wanted.get(outcome.model_id))
         for view in snapshot.instances:
@@ -84,18 +82,19 @@ class Memory:
 
     def take_measured(self) -> set[str]:
         """The ids whose size may be known better since this was asked last."""
-        measured, self._measured = self._measured, set()
+        measured, self._newly_measured = self._newly_measured, set()
         return measured
 
     def forget_all_but(self, known: Collection[str]) -> list[str]:
         """Drops what is remembered of other models, and gives their ids."""
         dropped = set()
-        books = (self.attempts, self.parked, self.served, self.demands)
+        books = (self.attempts, self.parked, self.served)
         for book in books:
-            # A request may add a demand meanwhile, so the keys are taken at once.
-            for model_id in [m for m in list(book) if m not in known]:
+            for model_id in [m for m in book if m not in known]:
                 book.pop(model_id, None)
                 dropped.add(model_id)
+        dropped |= self.measured.difference(known)
+        self.measured -= dropped
         self.failure_rate.forget_before(self._now())
         return sorted(dropped)
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from splitlearn_manager.config.yaml_source import Problem
+from splitlearn_manager.core.ledger import Ceiling
 from splitlearn_manager.desired.state import PruneGuard, SourceRef
 
 
@@ -40,11 +41,26 @@ class NodeInfo:
 
 @dataclass(frozen=True, slots=True)
 class DeviceUse:
-    """MB (2**20 bytes) that models have reserved on a device, and may reserve."""
+    """MB (2**20 bytes) that models have reserved on a device, and may reserve.
+
+    Attributes:
+        ceiling: what the device really has for them; None if that is not read.
+    """
 
     device: str
     reserved_mb: float
     budget_mb: float
+    ceiling: Ceiling | None = None
+
+    @property
+    def limit_mb(self) -> float:
+        """Up to what may be reserved anew."""
+        return self.budget_mb if self.ceiling is None else min(self.budget_mb, self.ceiling.mb)
+
+    @property
+    def excess_mb(self) -> float:
+        """What is reserved and not there."""
+        return max(0.0, self.reserved_mb - self.ceiling.mb) if self.ceiling is not None else 0.0
 
 
 @dataclass(frozen=True, slots=True)

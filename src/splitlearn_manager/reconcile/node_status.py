@@ -9,12 +9,14 @@ _IDS_NAMED = 5
 
 
 def node_conditions(node: NodeFacts) -> tuple[Row, ...]:
-    """SourceAvailable, Watching, StateKept, PruneGuard, RestartRequired and Settled, in this order."""
+    """SourceAvailable, Watching, StateKept, PruneGuard, MemoryPressure, RestartRequired and Settled, in
+    this order."""
     return (
         _source_available(node),
         _watching(node),
         _state_kept(node),
         _prune_guard(node),
+        _memory_pressure(node),
         _restart_required(node),
         _settled(node),
     )
@@ -67,6 +69,29 @@ def _prune_guard(node: NodeFacts) -> Row:
         f"confirm with `apply {node.info.directory} --confirm-prune {guard.digest}`"
     )
     return Row(kind, "True", "AwaitsConfirmation", text)
+
+
+def _memory_pressure(node: NodeFacts) -> Row:
+    kind = "MemoryPressure"
+    short, less = [], []
+    for use in node.devices:
+        if use.ceiling is None:
+            continue
+        where = f"{use.device}: {use.ceiling}"
+        if use.excess_mb > 0:
+            short.append(f"{where}, and models hold {use.excess_mb:,.0f} MB more than is left")
+        elif use.ceiling.stalled:
+            short.append(f"{where}, and processes stand still because memory is short")
+        elif use.limit_mb < use.budget_mb:
+            less.append(
+                f"{where}, so models may take {use.limit_mb:,.0f} of their {use.budget_mb:,.0f} MB"
+            )
+    if short:
+        text = "; ".join((*short, "idle models go, one at a time, and loads wait until it is over"))
+        return Row(kind, "True", "MemoryTaken", text)
+    if less:
+        return Row(kind, "False", "BudgetReduced", "; ".join(less))
+    return Row(kind, "False", "EnoughMemory", "")
 
 
 def _restart_required(node: NodeFacts) -> Row:

@@ -1,7 +1,7 @@
 """What a running node tells the command line, so that a plan can be made beside it.
 
 An `Observation` is all that planning needs to know of the node: what runs, what is remembered, what was
-accepted, what was asked for when. It travels as JSON; the times are seconds of the machine's monotonic
+accepted when, what requests wait for. It travels as JSON; the times are seconds of the machine's monotonic
 clock, which all processes share.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from pydantic import TypeAdapter
 
+from splitlearn_manager.core.measurement import Measurement, of_version
 from splitlearn_manager.core.model_reader import over_own_limit
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredModel
@@ -24,17 +25,17 @@ class Observation:
     """A node at one moment.
 
     Attributes:
-        demands: for each declared model, its spec's hash and when it was last asked for.
+        accepted_s: for each declared model, its spec's hash and when its file was accepted.
         sizes_mb: for each declared model whose files are there, its spec's hash and MB.
-        measured_mb: for each declared model that was loaded, load hash and weights of the version, and MB.
+        measured: for each declared model that was loaded, what its loads measured.
         base_dirs: for each instance, the directory that its relative paths start from.
         kept: what the node has accepted, as the text of its record.
     """
 
     observed: Observed
-    demands: Mapping[str, tuple[str, float]]
+    accepted_s: Mapping[str, tuple[str, float]]
     sizes_mb: Mapping[str, tuple[str, float]]
-    measured_mb: Mapping[str, tuple[str, str, float]]
+    measured: Mapping[str, tuple[Measurement, ...]]
     base_dirs: Mapping[str, str | None]
     kept: str
 
@@ -43,24 +44,26 @@ class Observation:
         cls,
         observed: Observed,
         wanted: Mapping[str, Wanted],
-        measured_mb: Mapping[str, float],
+        measured: Mapping[str, tuple[Measurement, ...]],
         kept: Mapping[str, ModelRecord],
     ) -> Observation:
         """What the node knows.
 
         Args:
-            measured_mb: what a load of the wanted version measured, by id.
+            measured: what loads of a model's versions measured, by id.
         """
         return cls(
             observed=observed,
-            demands={m: (w.spec.spec_hash, w.demanded_s) for m, w in wanted.items()},
+            accepted_s={m: (w.spec.spec_hash, w.accepted_s) for m, w in wanted.items()},
             sizes_mb={m: (w.spec.spec_hash, w.mb) for m, w in wanted.items() if w.weights_ready},
-            measured_mb={m: (*wanted[m].spec.version, mb) for m, mb in measured_mb.items()},
+            measured={model_id: found for model_id, found in measured.items() if found},
             base_dirs={
                 v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
                 for v in observed.snapshot.instances
             },
-            kept=models_to_text({m: replace(r, history=()) for m, r in kept.items()}).decode(),
+            kept=models_to_text(
+                {m: replace(r, history=(), measured=()) for m, r in kept.items()}
+            ).decode(),
         )
 
     def accepted(self) -> list[DesiredModel]:
@@ -74,17 +77,19 @@ class Observation:
     def as_known(self, wanted: Wanted) -> Wanted:
         """A wanted model with what the node knows of that very spec, or of its size."""
         model_id, spec_hash = wanted.spec.model_id, wanted.spec.spec_hash
-        asked, demanded_s = self.demands.get(model_id, ("", 0.0))
+        accepted, accepted_s = self.accepted_s.get(model_id, ("", 0.0))
         known, mb = self.sizes_mb.get(model_id, ("", 0.0))
+        config = wanted.spec.config
+        measured = of_version(self.measured.get(model_id, ()), wanted.spec.version)
         if known != spec_hash:
-            # Keys that are applied in place make another spec, and not another size.
-            *version, measured = self.measured_mb.get(model_id, ("", "", 0.0))
-            mb = measured if (*version,) == wanted.spec.version else wanted.mb
+            # Keys that are applied in place make another spec, and no other model.
+            mb = measured.total_mb(config.batch_size) if measured is not None else wanted.mb
         return replace(
             wanted,
             mb=mb,
-            demanded_s=demanded_s if asked == spec_hash else wanted.demanded_s,
-            own_limit_problem=over_own_limit(wanted.spec.config, mb),
+            measured=measured,
+            accepted_s=accepted_s if accepted == spec_hash else wanted.accepted_s,
+            own_limit_problem=over_own_limit(config, mb, measured),
         )
 
     def _records(self) -> Mapping[str, ModelRecord]:

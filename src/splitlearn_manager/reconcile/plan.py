@@ -11,26 +11,28 @@ How it decides, model by model, those of higher priority first:
 - served and suspended: left alone;
 - served in the desired version: nothing, or `adjust` where only keys differ that are applied in place;
 - served in another version: `update`: by surge if both fit at once, else by recreate;
-- not served: `load`, making room by the rule of `core.eviction`; parked ones only on demand; where that
-  has failed, the version that served last; where too many have failed lately, nothing;
+- not served: `load`, making room by the rule of `core.eviction`; parked ones only while requests wait for
+  them; where that has failed, the version that served last; where too many have failed lately, nothing;
 - served, owned by the directory and no longer declared: `unload`.
 
+Where others have taken the memory of a device, idle models go by the rule of `core.relief`, whoever waits
+for room, and nothing is loaded there before that is over.
+
 Order: adjustments, updates, loads that fit now, both for models that failed before after those for
-others, unloads, evictions with the loads that wait for them. Where there is not room for all loads of one
-priority, it goes to the one that was asked for last, as others are evicted for it.
+others, unloads, evictions with the loads that wait for them. Who gets the room, and in which order loads
+are given turns, `filling` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from math import inf
 
 from splitlearn_manager.config.model_config import changes
 from splitlearn_manager.core.eviction import (
     AdmissionRequest,
     Admitted,
-    AwaitRoom,
-    MakeRoom,
     Refused,
 )
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
@@ -38,6 +40,7 @@ from splitlearn_manager.core.snapshot import InstanceView, residents
 from splitlearn_manager.errors import LoadTimeout
 from splitlearn_manager.reconcile.actions import (
     PARKED,
+    RELIEF_SHOWS_S,
     Action,
     Mode,
     Observed,
@@ -47,7 +50,9 @@ from splitlearn_manager.reconcile.actions import (
     Wanted,
 )
 from splitlearn_manager.reconcile.backoff import MOST_FAILURES, WINDOW_S, Attempt
+from splitlearn_manager.reconcile.filling import Filling
 from splitlearn_manager.reconcile.forecast import forecast
+from splitlearn_manager.reconcile.parking import park_if_idle
 from splitlearn_manager.reconcile.room import Room
 
 
@@ -67,16 +72,17 @@ class _Planner:
         self._by_id: dict[str, list[InstanceView]] = {}
         for view in views:
             self._by_id.setdefault(view.model_id, []).append(view)
-        self._room = Room(observed.snapshot.ledger, residents(views, Owner.DIRECTORY))
+        awaited = observed.demands.keys()
+        self._room = Room(observed.snapshot.ledger, residents(views, Owner.DIRECTORY, awaited))
         self._waiting: list[Waiting] = []
         self._due: list[float] = []
+        self._short: list[tuple[Wanted, InstanceView]] = []
 
     def run(self) -> Plan:
         unloads = self._unloads()
         self._room.mark_freeing(a.key for a in unloads)
         adjusts: list[Action] = []
         starts: list[Action] = []
-        waiting_loads: list[Action] = []
         ordered = sorted(
             self._desired.items(), key=lambda pair: (-pair[1].spec.config.priority, pair[0])
         )
@@ -89,32 +95,34 @@ class _Planner:
                 unloads.append(action)
             elif action is not None:
                 starts.append(action)
-        loads: dict[str, Action] = {}
-        for wanted in sorted(to_load, key=self._claim_to_room):
-            for action in self._load(wanted):
-                if action.after or action.verb is Verb.EVICT:
-                    waiting_loads.append(action)
-                else:
-                    loads[action.model_id] = action
-        starts += [
-            loads[wanted.spec.model_id] for wanted in to_load if wanted.spec.model_id in loads
-        ]
+        unloads += self._relieve()
+        loads = Filling(self._observed, self._room, self._desired)
+        loads.fill(to_load)
+        fitting = (loads.fitting.get(wanted.spec.model_id) for wanted in to_load)
+        starts += [action for action in fitting if action is not None]
         starts.sort(key=self._is_repetition)
-        actions = (*adjusts, *starts, *unloads, *waiting_loads)
+        adjusts += self._complete({a.key for a in (*unloads, *loads.others)})
+        actions = (*adjusts, *starts, *unloads, *loads.others)
         return Plan(
             actions,
-            tuple(sorted(self._waiting, key=lambda w: w.model_id)),
+            tuple(sorted((*self._waiting, *loads.waiting), key=lambda w: w.model_id)),
             forecast(self._observed.snapshot.ledger, actions, self._observed.max_parallel_loads),
-            min(self._due, default=None),
+            min((*self._due, *loads.due_s), default=None),
+            turns=loads.turns(starts),
+            held=loads.held,
+            awaits_idle=loads.awaits_idle,
         )
 
-    def _claim_to_room(self, wanted: Wanted) -> tuple[bool, int, float]:
-        """Who gets room first: what others left for the latest demand is not for an earlier one."""
-        spec = wanted.spec
-        attempt = self._observed.attempts.get(spec.model_id)
-        has_failed = attempt is not None and attempt.concerns(spec)
-        priority = self._desired[spec.model_id].spec.config.priority
-        return (has_failed, -priority, -wanted.demanded_s)
+    def _complete(self, going: Collection[str | None]) -> list[Action]:
+        """What is left goes to those that stay and reserve less than they were measured to take."""
+        return [
+            replace(
+                self._adjustment(wanted, serving, mb), detail=f"reserves {mb:,.0f} MB, as measured"
+            )
+            for wanted, serving in self._short
+            if serving.key not in going
+            and self._room.resize(serving.key, mb := _mb_with(serving.spec, serving))
+        ]
 
     def _is_repetition(self, action: Action) -> bool:
         """Whether it does what failed before: that comes last, so that it delays nothing else."""
@@ -139,6 +147,35 @@ class _Planner:
             and view.model_id not in self._desired
             and not self._operation_on(view.model_id)
         ]
+
+    def _relieve(self) -> list[Action]:
+        """Who goes because others have taken the memory: one on each device, until its memory is back."""
+        ledger, now_s = self._observed.snapshot.ledger, self._observed.now_s
+        busy = {v.key for v in self._views if v.leases}
+        gone: list[Action] = []
+        for device in ledger.pressed:
+            if ledger.excess_mb(device) <= 0:
+                # Nothing says how much is missing: what went last has to show its effect first.
+                due_s = max(self._observed.parked.values(), default=-inf) + RELIEF_SHOWS_S
+                if now_s < due_s:
+                    self._due.append(due_s)
+                    continue
+            victim = self._room.first_to_go(device, busy)
+            if victim is None:
+                continue
+            self._room.mark_freeing((victim.key,))
+            gone.append(
+                Action(
+                    Verb.EVICT,
+                    victim.model_id,
+                    f"others have taken the memory of {device}",
+                    key=victim.key,
+                    device=device,
+                    mb=victim.mb,
+                    reason="MemoryPressure",
+                )
+            )
+        return gone
 
     def _operation_on(self, model_id: str) -> State | None:
         for view in self._by_id.get(model_id, ()):
@@ -169,6 +206,8 @@ class _Planner:
             return action or self._park_if_idle(serving, wanted, waits=True)
         if serving.spec.spec_hash != wanted.spec.spec_hash:
             return self._adjust(wanted, serving)
+        if serving.reserved_mb < _mb_with(serving.spec, serving):
+            self._short.append((wanted, serving))
         return self._park_if_idle(serving, wanted)
 
     def _value(self, serving: InstanceView, wanted: Wanted) -> None:
@@ -189,12 +228,26 @@ class _Planner:
             # What is loaded breaks the new limit, and a load of the same would break it too.
             self._waiting.append(_over_memory_limit(model_id, wanted.own_limit_problem))
             return None
+        mb = _mb_with(wanted.spec, serving)
+        if not self._room.resize(serving.key, mb):
+            if mb <= _mb_with(serving.spec, serving):
+                return self._adjustment(wanted, serving, serving.reserved_mb)
+            message = (
+                f"batches of {wanted.spec.config.batch_size} need {mb - serving.reserved_mb:,.0f} MB more "
+                f"on {serving.device}, which are not free"
+            )
+            return self._wait(model_id, "InsufficientMemory", message)
+        return self._adjustment(wanted, serving, mb)
+
+    def _adjustment(self, wanted: Wanted, serving: InstanceView, mb: float) -> Action:
         return Action(
             Verb.ADJUST,
-            model_id,
+            wanted.spec.model_id,
             describe_changes(serving.spec, wanted.spec),
             spec=wanted.spec,
             key=serving.key,
+            device=serving.device,
+            mb=mb,
             source=wanted.source,
         )
 
@@ -206,36 +259,25 @@ class _Planner:
         Args:
             waits: what was noted last is why it waits for an update.
         """
-        config = wanted.spec.config
-        # What serves stays pinned until its update, as for making room.
-        if config.keep_alive_s is None or config.pinned or serving.spec.config.pinned:
-            return None
-        # While it is in use, that is the earliest moment at which it can have been idle for long enough.
-        busy_until_s = self._observed.now_s if serving.leases else serving.last_used_s
-        idle_at = busy_until_s + config.keep_alive_s
-        if serving.leases or self._observed.now_s < idle_at:
-            self._due.append(idle_at)
+        found = park_if_idle(serving, wanted, self._observed.now_s)
+        if isinstance(found, Action):
+            if waits:
+                self._waiting.pop()
+            self._room.mark_freeing((serving.key,))
+            return found
+        if found is not None:
+            self._due.append(found)
             if not waits:
-                message = f"unloaded when idle for keep_alive_s = {config.keep_alive_s:g} s"
-                self._wait(serving.model_id, "KeepAlive", message, idle_at)
-            return None
-        if waits:
-            self._waiting.pop()
-        self._room.mark_freeing((serving.key,))
-        return Action(
-            Verb.EVICT,
-            serving.model_id,
-            f"idle for {config.keep_alive_s:g} s",
-            key=serving.key,
-            device=serving.device,
-            mb=serving.reserved_mb,
-            reason="Idle",
-        )
+                keep_alive_s = wanted.spec.config.keep_alive_s
+                message = f"unloaded when idle for keep_alive_s = {keep_alive_s:g} s"
+                self._wait(serving.model_id, "KeepAlive", message, found)
+        return None
 
     def _consider_load(self, wanted: Wanted, to_load: list[Wanted]) -> None:
         model_id = wanted.spec.model_id
         parked_s = self._observed.parked.get(model_id)
-        if parked_s is not None and wanted.demanded_s <= parked_s:
+        is_asked_for = model_id in self._observed.demands
+        if parked_s is not None and not is_asked_for and wanted.accepted_s <= parked_s:
             self._wait(model_id, "Evicted", PARKED)
             return
         if (limit := self._limit(model_id)) is not None:
@@ -312,7 +354,7 @@ class _Planner:
             wanted.devices,
             wanted.mb,
             spec.config.priority,
-            wanted.demanded_s,
+            wanted.accepted_s,
             may_evict=False,
         )
         beside = self._room.ask(request)
@@ -355,50 +397,6 @@ class _Planner:
             source=wanted.source,
         )
 
-    def _load(self, wanted: Wanted) -> Iterable[Action]:
-        """The load of a model that is not served, after the evictions that it needs."""
-        spec = wanted.spec
-        request = AdmissionRequest(
-            spec.model_id, wanted.devices, wanted.mb, spec.config.priority, wanted.demanded_s
-        )
-        decision = self._room.ask(request)
-        after: tuple[str, ...] = ()
-        if isinstance(decision, Refused):
-            self._wait(spec.model_id, decision.reason, decision.message)
-            return
-        if isinstance(decision, MakeRoom):
-            for victim in decision.victims:
-                yield Action(
-                    Verb.EVICT,
-                    victim.model_id,
-                    f"makes room for {spec.model_id}",
-                    key=victim.key,
-                    device=victim.device,
-                    mb=victim.mb,
-                    reason="MadeRoom",
-                )
-            self._room.mark_freeing(v.key for v in decision.victims)
-            after = tuple(sorted(v.model_id for v in decision.victims))
-        elif isinstance(decision, AwaitRoom):
-            after = decision.freeing
-        self._room.promise(spec.model_id, decision.device, wanted.mb)
-        if after:
-            self._wait(
-                spec.model_id, "AwaitingMemory", f"waits for the memory of {', '.join(after)}"
-            )
-        yield Action(
-            Verb.LOAD,
-            spec.model_id,
-            f"{wanted.mb:,.0f} MB on {decision.device}"
-            if wanted.mb
-            else f"on {decision.device}, its size is known once loaded",
-            spec=spec,
-            device=decision.device,
-            mb=wanted.mb,
-            after=after,
-            source=wanted.source,
-        )
-
     def _wait(
         self, model_id: str, reason: str, message: str, until_s: float | None = None
     ) -> Action | None:
@@ -409,6 +407,12 @@ class _Planner:
 
 def _over_memory_limit(model_id: str, problem: str) -> Waiting:
     return Waiting(model_id, "OverMemoryLimit", problem, failed=True)
+
+
+def _mb_with(spec: ModelSpec, serving: InstanceView) -> float:
+    """What is to be reserved for what serves, with that spec: larger batches take more beside the weights."""
+    measured = serving.measured
+    return serving.reserved_mb if measured is None else measured.total_mb(spec.config.batch_size)
 
 
 def _is_due_later(why: Waiting, attempt: Attempt | None) -> bool:

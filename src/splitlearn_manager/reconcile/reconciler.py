@@ -17,7 +17,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from splitlearn_manager.core.clock import Clock
@@ -27,7 +28,7 @@ from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredState, Instructions, Source
 from splitlearn_manager.errors import ModelUnavailable
 from splitlearn_manager.reconcile.acting import Told, carry_out, next_turn_s
-from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Wanted
+from splitlearn_manager.reconcile.actions import Action, Demand, Observed, Plan, Wanted
 from splitlearn_manager.reconcile.keeping import Keeper
 from splitlearn_manager.reconcile.memory import Memory
 from splitlearn_manager.reconcile.observation import Observation
@@ -46,13 +47,13 @@ from splitlearn_manager.reconcile.telling import (
     node_facts,
     with_views,
 )
+from splitlearn_manager.reconcile.waiters import Waiter
 from splitlearn_manager.reconcile.wanting import Wishes
 
 log = logging.getLogger(__name__)
 
 # Looking at the directory takes at most half a percent of the time while nothing asks for it.
 _LOOKS_SHARE = 200.0
-_LATELY_S = 60.0
 _PREVIEW_LOOKS = 10
 
 
@@ -144,6 +145,7 @@ class Reconciler:
         self._wanted: Mapping[str, Wanted] = {}
         self._suspended: frozenset[str] = frozenset()
         self._standing: Standing | None = None
+        self._demands: Mapping[str, Demand] = {}
         self._found: Found | None = None
         self._facts: list[Facts] = []
         self._told_views: tuple[InstanceView, ...] = ()
@@ -163,6 +165,9 @@ class Reconciler:
         for model_id, kept in record.models.items():
             if (spec := kept.to_go_back_to) is not None:
                 self._memory.served[model_id] = spec
+            if kept.measured:
+                self._manager.restore_measurements(model_id, kept.measured)
+                self._memory.measured.add(model_id)
 
     # Waking and waiting.
 
@@ -197,6 +202,7 @@ class Reconciler:
                     'event=TurnFailed msg="a bug ended this turn; models go on serving, and the next turn '
                     'starts afresh"'
                 )
+                self._manager.hold(())  # for room that nobody is given as long as this goes on
                 self._on_error()
             with self._wake:
                 if not self._woken and not self._stopping:
@@ -205,25 +211,43 @@ class Reconciler:
                     return
                 self._woken = False
 
-    def demand(self, model_id: str, timeout_s: float) -> None:
+    @contextmanager
+    def waiting_for(self, model_id: str, timeout_s: float) -> Iterator[None]:
         """Asks for a model that is evicted or pending, and waits until it serves.
 
+        Until the end of the block it stays, so that who has waited can take a lease on it.
         Raises ModelUnavailable if it does not serve `timeout_s` later, or fails to load.
         """
-        self.ask_for(model_id)
-        deadline = self._clock.now() + timeout_s
-        with self._wake:
-            while model_id not in self._manager.table.by_model:
-                left = deadline - self._clock.now()
-                phase = self.status.phases.get(model_id)
-                if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
-                    state = self.status.in_short(model_id) if phase is not None else "gone"
-                    raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
-                self._wake.wait(left)
+        waiter = self.join(model_id, timeout_s)
+        try:
+            with self._wake:
+                while model_id not in self._manager.table.by_model:
+                    left = waiter.deadline_s - self._clock.now()
+                    phase = self.status.phases.get(model_id)
+                    if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
+                        state = self.status.in_short(model_id) if phase is not None else "gone"
+                        raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
+                    self._wake.wait(left)
+            yield
+        finally:
+            self.leave(waiter)
 
-    def ask_for(self, model_id: str) -> None:
-        """Notes that a request wants the model, without waiting for it."""
-        self._memory.ask_for(model_id)
+    @property
+    def parked(self) -> tuple[str, ...]:
+        """The ids of the models that are parked, the last one first, as of the last turn."""
+        parked = dict(self._memory.parked)
+        return tuple(sorted(parked, key=lambda model_id: -parked[model_id]))
+
+    def join(self, model_id: str, timeout_s: float) -> Waiter:
+        """Notes that a request waits for the model from now on, for `timeout_s` at most."""
+        now = self._clock.now()
+        waiter = self._memory.waiters.join(model_id, now, now + timeout_s)
+        self._turn_due()
+        return waiter
+
+    def leave(self, waiter: Waiter) -> None:
+        """Notes that it does not wait any more."""
+        self._memory.waiters.leave(waiter)
         self._turn_due()
 
     def wait_converged(self, give_up: Callable[[], bool]) -> bool:
@@ -303,11 +327,15 @@ class Reconciler:
         for model_id in self._orders.take_retries():
             self._memory.retry(model_id)
         tick_s = self._manager.tick()
+        # Before what runs: whoever does not wait any more shows there as a lease, or as an answer.
+        self._demands = self._memory.waiters.at(began_s)
         snapshot = self._manager.snapshot()
         for event in self._memory.learn(snapshot, self._wanted):
             self.status.record(event.model_id, event.reason, event.message)
         desired = self._look(began_s) if look else self._desired
-        basis = basis_of(desired, snapshot, self._memory.revision, self.max_parallel_loads)
+        basis = basis_of(
+            desired, snapshot, self._memory.revision, self.max_parallel_loads, self._demands
+        )
         changed = self._standing is None or not self._standing.holds(basis, snapshot, began_s)
         found = self._decide(basis, snapshot, recheck=look) if changed else self._unchanged(look)
         turn = self._summary(found, began_s, tick_s, looked=look, changed=changed)
@@ -324,7 +352,7 @@ class Reconciler:
         """Looks at the source, and sets when the next look is due."""
         memory, orders = self._memory, self._orders
         running = (v.model_id for v in self._manager.snapshot().instances)
-        asked = (m for m, at in list(memory.demands.items()) if at >= now_s - _LATELY_S)
+        asked = memory.waiters.at(now_s)
         instructions = Instructions(
             suspended=orders.suspended,
             confirmed_prune=orders.confirmed_prune,
@@ -346,17 +374,21 @@ class Reconciler:
     def _decide(self, basis: Basis, snapshot: Snapshot, *, recheck: bool) -> Found:
         """Plans, writes down what is accepted, and acts."""
         desired, memory = self._desired, self._memory
-        wanted = self._wishes.of(desired.models, memory.demands, memory.take_measured())
+        measured = memory.take_measured()
+        wanted = self._wishes.of(desired.models, measured)
         running = (v.model_id for v in snapshot.instances)
         for model_id in memory.forget_all_but({*wanted, *desired.undecided, *running}):
             self._manager.forget(model_id)
         self._keeper.take(desired, self._suspended, memory.served)
         self._keeper.take_outcomes(snapshot, memory.attempts)
+        self._keeper.take_measurements({m: self._manager.measurements(m) for m in measured})
         self._keeper.save(recheck=recheck)
         observed = self._observed(snapshot, wanted)
         standing, now_s = self._standing, observed.now_s
         made = standing.plan_for(wanted, basis, snapshot, now_s) if standing is not None else None
         made = made or plan(wanted, observed)
+        self._manager.tells_idle = made.awaits_idle
+        self._manager.hold(made.held)
         told: list[Told] = []
         executed = carry_out(
             made,
@@ -442,6 +474,7 @@ class Reconciler:
             parked=dict(self._memory.parked),
             fallbacks=self._wishes.fallbacks(self._memory.served, wanted),
             limited=self._memory.failure_rate.limited(now),
+            demands=self._demands,
             max_parallel_loads=self.max_parallel_loads,
             now_s=now,
         )
@@ -476,8 +509,9 @@ class Reconciler:
             desired = self._source.look(now, instructions)
             if desired.next_check_s is None:
                 break
-        wanted = self._wishes.of(desired.models, self._memory.demands)
+        wanted = self._wishes.of(desired.models)
         if node is None:
+            self._manager.look_at_memory()
             return desired, plan(wanted, self._observed(self._manager.snapshot(), wanted))
         known = {m: node.as_known(w) for m, w in wanted.items()}
         return desired, plan(known, node.observed)
@@ -489,9 +523,9 @@ class Reconciler:
         observed = replace(
             found.observed if found is not None else Observed(snapshot),
             snapshot=snapshot,
+            demands=self._memory.waiters.at(self._clock.now()),
             max_parallel_loads=self.max_parallel_loads,
             now_s=self._clock.now(),
         )
-        measured = {m: self._manager.measured_mb(w.spec) for m, w in wanted.items()}
-        known = {m: mb for m, mb in measured.items() if mb is not None}
-        return Observation.of(observed, wanted, known, self._keeper.models)
+        measured = {m: self._manager.measurements(m) for m in wanted}
+        return Observation.of(observed, wanted, measured, self._keeper.models)

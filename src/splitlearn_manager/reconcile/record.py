@@ -1,9 +1,9 @@
 """What a node must not forget when its process ends: pure data, and how it is written as text.
 
 For each model that the directory has declared: the spec that was accepted last, with its generation
-and where it came from; what was served, where that is another version; whether people suspended it; and
-the history of what was accepted. Loads, failures and evictions are not in it: a new process finds out
-anew what can be loaded.
+and where it came from; what was served, where that is another version; whether people suspended it; the
+history of what was accepted; and what loads of it measured, so that the next one reserves that. Failures
+and evictions are not in it: a new process finds out anew what can be loaded.
 
 The text is JSON with one model a line, made for people who look into it as well. A spec is written as
 the keys of its file with their validated values; its hashes are computed anew when it is read. Nothing
@@ -20,8 +20,10 @@ from typing import Any
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.desired.state import DesiredModel, SourceRef
 from splitlearn_manager.errors import ConfigError
+from splitlearn_manager.reconcile import measured_text
 
 VERSION = 1
 HISTORY_KEPT = 20
@@ -60,12 +62,14 @@ class ModelRecord:
         served: the version that was READY last, where that is not the accepted one.
         suspended: people asked that it stays as it is.
         history: the last `HISTORY_KEPT` versions that were accepted, oldest first.
+        measured: what loads of its versions measured, the latest load last.
     """
 
     accepted: DesiredModel
     served: ModelSpec | None = None
     suspended: bool = False
     history: tuple[HistoryEntry, ...] = ()
+    measured: tuple[Measurement, ...] = ()
 
     @property
     def to_go_back_to(self) -> ModelSpec | None:
@@ -132,6 +136,7 @@ def same_record(one: ModelRecord, other: ModelRecord) -> bool:
         and one.served == other.served
         and one.suspended is other.suspended
         and one.history == other.history
+        and one.measured == other.measured
     )
 
 
@@ -257,6 +262,8 @@ def _model_to_data(record: ModelRecord) -> dict[str, object]:
         }
         for h in record.history
     ]
+    if record.measured:
+        data["measured"] = measured_text.to_data(record.measured)
     return data
 
 
@@ -294,6 +301,7 @@ def _model_from_data(data: Mapping[str, Any]) -> ModelRecord:
             )
             for h in data.get("history", ())
         ),
+        measured=measured_text.from_data(data.get("measured")),
     )
 
 

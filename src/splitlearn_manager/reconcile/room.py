@@ -6,7 +6,7 @@ residents as they will be once those are carried out. It decides by `core.evicti
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from splitlearn_manager.core.eviction import (
@@ -18,6 +18,7 @@ from splitlearn_manager.core.eviction import (
     may_displace,
 )
 from splitlearn_manager.core.ledger import Ledger
+from splitlearn_manager.core.relief import first_to_go
 
 
 class Room:
@@ -45,10 +46,42 @@ class Room:
             self._refusals[question] = decision
         return decision
 
+    def first_to_go(self, device: str, busy: Collection[str]) -> Resident | None:
+        """Who goes next for a device under pressure; None if nobody may, or memory is on its way back.
+
+        Args:
+            busy: keys of those that requests hold: when they will have gone nobody knows.
+        """
+        if any(r.freeing and r.device == device and r.key not in busy for r in self._residents):
+            return None
+        return first_to_go(self._ledger, device, self._residents)
+
+    def not_spared_before_s(self, request: AdmissionRequest) -> float | None:
+        """When the first may go of those that the request spares now; None if it spares nobody."""
+        unsparing = replace(request, spares_at_s=None, takes_busy=True)
+        return min(
+            (
+                r.safe_until_s
+                for r in self._residents
+                if may_displace(unsparing, r)
+                and request.spares_at_s is not None
+                and request.spares_at_s < r.safe_until_s
+            ),
+            default=None,
+        )
+
     def promise(self, model_id: str, device: str, mb: float) -> None:
         """From now on this much is taken."""
         self._ledger = self._ledger.promise(f"{model_id} (planned)", device, mb)
         self._refusals.clear()
+
+    def resize(self, key: str, mb: float) -> bool:
+        """From now on that one takes `mb`; False, with nothing changed, if that does not fit."""
+        if not self._ledger.fits_resized(key, mb):
+            return False
+        self._ledger = self._ledger.resize(key, mb)
+        self._refusals.clear()
+        return True
 
     def mark_freeing(self, keys: Iterable[str | None]) -> None:
         """From now on these are on their way out: nobody evicts them, their memory comes back."""

@@ -1,30 +1,32 @@
 """Whether a plan still stands: nothing that it was made from is another, so making it anew would give it.
 
 Requests alone change what an instance shows (its last use, its leases) all the time. Of that a plan
-depends on one thing: whether somebody who may be evicted for a model that waits for room is idle.
+depends on one thing: whether somebody is idle who may be evicted, for a model that waits for room or
+because others have taken the memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredState
-from splitlearn_manager.reconcile.actions import Plan, Wanted
+from splitlearn_manager.reconcile.actions import Demand, Plan, Wanted
 
-_FOR_ROOM = frozenset({"InsufficientMemory", "MaxModels"})
+_FOR_ROOM = frozenset({"InsufficientMemory", "MaxModels", "MemoryPressure"})
 
 
 @dataclass(frozen=True, slots=True)
 class Basis:
-    """What a plan is made from, requests aside.
+    """What a plan is made from, requests that are answered aside.
 
     Attributes:
         desired: without when to look again, which says nothing of what is desired.
         revision: of what the loop remembers.
+        demands: the requests that wait for models.
     """
 
     desired: DesiredState
@@ -32,17 +34,22 @@ class Basis:
     instances: tuple[tuple[object, ...], ...]
     revision: int
     max_parallel_loads: int
+    demands: Mapping[str, Demand]
 
 
 def basis_of(
-    desired: DesiredState, snapshot: Snapshot, revision: int, max_parallel_loads: int
+    desired: DesiredState,
+    snapshot: Snapshot,
+    revision: int,
+    max_parallel_loads: int,
+    demands: Mapping[str, Demand],
 ) -> Basis:
     instances = tuple(
         (v.key, v.state, v.spec, v.owner, v.device, v.reserved_mb, v.drain_overdue)
         for v in snapshot.instances
     )
     lasting = replace(desired, next_check_s=None)
-    return Basis(lasting, snapshot.ledger, instances, revision, max_parallel_loads)
+    return Basis(lasting, snapshot.ledger, instances, revision, max_parallel_loads, demands)
 
 
 class Standing:
@@ -58,7 +65,7 @@ class Standing:
         self._due_s = min((*due, *(() if made.due_s is None else (made.due_s,))), default=None)
         waiting = [wanted[w.model_id] for w in made.waiting if w.reason in _FOR_ROOM]
         self._priority = max((w.spec.config.priority for w in waiting), default=None)
-        self._demanded_s = max((w.demanded_s for w in waiting), default=0.0)
+        self._accepted_s = max((w.accepted_s for w in waiting), default=0.0)
         self._idle = self._making_room(snapshot)
 
     @property
@@ -90,12 +97,19 @@ class Standing:
         )
 
     def _making_room(self, snapshot: Snapshot) -> frozenset[str]:
-        """Who is idle and might go for one of those that wait for room."""
-        if self._priority is None:
+        """Who is idle and might go, for one of those that wait for room or under pressure."""
+        pressed = snapshot.ledger.pressed
+        if self._priority is None and not pressed and not self._made.awaits_idle:
             return frozenset()
-        return frozenset(v.key for v in snapshot.instances if self._may_go(v, self._priority))
+        return frozenset(
+            v.key for v in snapshot.instances if self._may_go(v, self._priority, pressed)
+        )
 
-    def _may_go(self, view: InstanceView, priority: int) -> bool:
-        lower = view.spec.config.priority < priority
-        idle = view.state is State.READY and not view.leases
-        return idle and (lower or view.last_used_s < self._demanded_s)
+    def _may_go(self, view: InstanceView, priority: int | None, pressed: Collection[str]) -> bool:
+        if view.state is not State.READY or view.leases:
+            return False
+        if view.device in pressed or self._made.awaits_idle:
+            return True
+        if priority is None:
+            return False
+        return view.spec.config.priority < priority or view.last_used_s < self._accepted_s

@@ -62,6 +62,7 @@ WAITS_FOR_PEOPLE = frozenset(
         "DeviceNotFound",
         "InsufficientMemory",
         "MaxModels",
+        "MemoryPressure",
         "OverMemoryLimit",
         "OwnedByApi",
         "RateLimited",

@@ -145,7 +145,7 @@ def node_facts(
         suspended=tuple(sorted(m for m in asked if m in models and models[m].suspended)),
         state_problem=state_problem,
         devices=tuple(
-            DeviceUse(device, ledger.used_mb(device), budget_mb)
+            DeviceUse(device, ledger.used_mb(device), budget_mb, ledger.ceilings.get(device))
             for device, budget_mb in sorted(ledger.budgets_mb.items())
         ),
         max_models=ledger.max_models,

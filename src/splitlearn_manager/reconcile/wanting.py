@@ -1,4 +1,4 @@
-"""From accepted models to what planning needs to know of them: sizes, devices, when they were asked for.
+"""From accepted models to what planning needs to know of them, such as sizes and devices.
 
 What is known of a model is kept until something it depends on is another, so a turn in which one of
 thousands changed looks at one. It asks the manager; it decides nothing.
@@ -31,13 +31,11 @@ class Wishes:
     def of(
         self,
         models: Mapping[str, DesiredModel],
-        demands: Mapping[str, float],
         changed: Collection[str] = (),
     ) -> Mapping[str, Wanted]:
         """All that is wanted; the very same mapping if nothing is another.
 
         Args:
-            demands: when a model was last asked for, by id.
             changed: ids whose size may be another although their spec is not.
         """
         devices: dict[str, tuple[str, ...]] = {}
@@ -49,18 +47,12 @@ class Wishes:
             place = model.config.device
             if place not in devices:
                 devices[place] = self._manager.devices_for(model.config)
-            demanded_s = max(model.accepted_at, demands.get(model_id, 0.0))
-            if (
-                known is not None
-                and self._sources.get(model_id) is model
-                and model_id not in again
-                and known.demanded_s == demanded_s
-            ):
+            if known is not None and self._sources.get(model_id) is model and model_id not in again:
                 now = known
                 if known.devices != devices[place]:
                     now = replace(known, devices=devices[place])
             else:
-                now = self._make(model, devices[place], demanded_s)
+                now = self._make(model, devices[place])
                 if now == known:
                     now = known
             same = same and now is known
@@ -91,7 +83,7 @@ class Wishes:
         self._fallbacks = found
         return found
 
-    def _make(self, model: DesiredModel, devices: tuple[str, ...], demanded_s: float) -> Wanted:
+    def _make(self, model: DesiredModel, devices: tuple[str, ...]) -> Wanted:
         config = model.config
         spec = ModelSpec(
             config, model.spec_hash, model.load_hash, model.weights or "", model.generation
@@ -105,16 +97,18 @@ class Wishes:
             except SplitlearnError as error:
                 ready, problem = False, error.message
                 self._unmeasured.add(config.model_id)
+        measured = self._manager.measured(spec) if ready else None
         return Wanted(
             spec=spec,
             mb=mb,
             devices=devices,
-            demanded_s=demanded_s,
+            accepted_s=model.accepted_at,
             weights_ready=ready,
             weights_problem=problem,
-            own_limit_problem=over_own_limit(config, mb),
+            own_limit_problem=over_own_limit(config, mb, measured),
             source=model.source.file,
             suspended=model.suspended,
+            measured=measured,
         )
 
     def _fallback(self, spec: ModelSpec, wanted: Wanted) -> Wanted | None:
@@ -127,6 +121,7 @@ class Wishes:
             spec=spec,
             mb=mb,
             devices=self._manager.devices_for(config),
-            demanded_s=wanted.demanded_s,
+            accepted_s=wanted.accepted_s,
             source=wanted.source,
+            measured=self._manager.measured(spec),
         )

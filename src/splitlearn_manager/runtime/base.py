@@ -41,6 +41,22 @@ class LoadedModel:
     release: Callable[[], None] = nothing_to_release
 
 
+@dataclass(frozen=True, slots=True)
+class Activations:
+    """What a forward pass takes on its device beside the weights, by how many inputs are in it.
+
+    Attributes:
+        lines: pairs of MB whatever the batch, and MB for each input of it. Each pair is what is taken at
+            one moment of the forward; which moment takes most depends on the batch.
+    """
+
+    lines: tuple[tuple[float, float], ...]
+
+    def mb(self, batch_size: int) -> float:
+        """The most that a forward of `batch_size` inputs takes, in MB (2**20 bytes)."""
+        return max((fixed + each * batch_size for fixed, each in self.lines), default=0.0)
+
+
 class Loader(Protocol):
     """Reads a model from its files."""
 
@@ -63,7 +79,7 @@ class RunningModel(Protocol):
 
     @property
     def memory_mb(self) -> float:
-        """What it occupies on its device, in MB (2**20 bytes)."""
+        """What it occupies on its device while no request runs, in MB (2**20 bytes): its weights."""
         ...
 
     @property
@@ -74,6 +90,14 @@ class RunningModel(Protocol):
     @property
     def warmed(self) -> bool:
         """Whether it has answered an input before its first request."""
+        ...
+
+    def measure_activations(self) -> Activations | None:
+        """Run a few forwards to measure what one takes beside the weights; None if that cannot be told.
+
+        Raises nothing that the model raises. It is worth a call once a version, and not each time that it
+        is loaded.
+        """
         ...
 
     def close(self) -> None:

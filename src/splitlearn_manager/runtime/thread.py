@@ -11,7 +11,8 @@ import traceback
 from splitlearn_comm.core import ComputeFunction, ModelComputeFunction
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import ModelUnavailable
-from splitlearn_manager.runtime.base import LoadedModel, Loader
+from splitlearn_manager.runtime.activations import measure_activations
+from splitlearn_manager.runtime.base import Activations, LoadedModel, Loader
 from splitlearn_manager.runtime.system_memory import give_back, trim_heap
 from splitlearn_manager.runtime.warmup import warm_up
 
@@ -51,7 +52,7 @@ class ThreadRuntime:
         # What was read and converted on the way is free by now, but not yet the system's.
         trim_heap()
         notes = (*loaded.notes, *warmup.notes)
-        return RunningInThreads(loaded, function, device, notes, warmed=warmup.warmed)
+        return RunningInThreads(loaded, function, config, device, notes, warmup.shape)
 
 
 def _forget_locals(error: BaseException | None) -> None:
@@ -77,23 +78,29 @@ def _compute_function(
 
 
 class RunningInThreads:
-    """A model of this process, until `close`."""
+    """A model of this process, until `close`.
+
+    Args:
+        answered: the shape of the input that it answered in warm-up; None if there was none.
+    """
 
     def __init__(
         self,
         loaded: LoadedModel,
         function: ModelComputeFunction,
+        config: ModelConfig,
         device: str,
         notes: tuple[str, ...],
-        *,
-        warmed: bool,
+        answered: tuple[int, ...] | None,
     ) -> None:
         self._release = loaded.release
         self._function: ModelComputeFunction | None = function
+        self._config = config
         self._device = device
+        self._answered = answered
         self.memory_mb = loaded.weights_mb
         self.notes = notes
-        self.warmed = warmed
+        self.warmed = answered is not None
 
     @property
     def compute_function(self) -> ComputeFunction:
@@ -105,6 +112,17 @@ class RunningInThreads:
         if self._function is None:
             raise ModelUnavailable("the model has been unloaded")
         return self._function
+
+    def measure_activations(self) -> Activations | None:
+        """Run two forwards to measure what one takes beside the weights.
+
+        None if the model was not warmed up, so that nothing is known of its inputs, or cannot be measured.
+        """
+        if self._function is None or self._answered is None:
+            return None
+        found = measure_activations(self._function, self._config, self._answered)
+        trim_heap()
+        return found
 
     def close(self) -> None:
         """Drop the model and give its memory back; a second call does nothing."""

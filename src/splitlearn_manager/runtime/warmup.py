@@ -30,10 +30,18 @@ _INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Warmup:
-    """How warm-up went."""
+    """How warm-up went.
 
-    warmed: bool
+    Attributes:
+        shape: that of the input which the model answered; None if there is none.
+    """
+
+    shape: tuple[int, ...] | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def warmed(self) -> bool:
+        return self.shape is not None
 
 
 def warm_up(function: ModelComputeFunction, config: ModelConfig) -> Warmup:
@@ -44,7 +52,7 @@ def warm_up(function: ModelComputeFunction, config: ModelConfig) -> Warmup:
         TerminalLoadError: the model's own refusal, such as an output that it does not have.
     """
     if not config.warmup:
-        return Warmup(False)
+        return Warmup()
     shape = config.config.input_shape
     if shape is not None:
         return _with_shape(function, config.model_id, concrete(shape))
@@ -61,7 +69,7 @@ def concrete(shape: Sequence[int]) -> tuple[int, ...]:
 
 def _with_shape(function: ModelComputeFunction, model_id: str, shape: tuple[int, ...]) -> Warmup:
     try:
-        return Warmup(True, _run(function, shape))
+        return Warmup(shape, _run(function, shape))
     except TerminalLoadError:
         raise
     except Exception as error:
@@ -74,21 +82,26 @@ def _with_guesses(function: ModelComputeFunction) -> Warmup:
     tried: list[str] = []
     for shape in guessed_shapes(function.model):
         try:
-            return Warmup(True, _run(function, shape))
+            return Warmup(tuple(shape), _run(function, shape))
         except TerminalLoadError:
             raise
         except Exception as error:
             tried.append(f"{list(shape)}: {_short(error)}")
     attempts = f" (tried {'; '.join(tried)})" if tried else ""
-    return Warmup(False, (f"not warmed up: give config.input_shape{attempts}",))
+    return Warmup(None, (f"not warmed up: give config.input_shape{attempts}",))
 
 
-def _run(function: ModelComputeFunction, shape: tuple[int, ...]) -> tuple[str, ...]:
+def first_input(function: ModelComputeFunction, shape: Sequence[int]) -> torch.Tensor:
+    """An input of that shape that every model of its kind should take."""
     # Of ids, 0 is often the padding; 1 is in every vocabulary but one of a single entry.
     value = 1.0 if function.input_dtype in _INTEGERS else 0.0
     if function.get_info().get("vocabulary") == 1:
         value = 0.0
-    answer = function.compute(torch.full(shape, value))
+    return torch.full(tuple(shape), value)
+
+
+def _run(function: ModelComputeFunction, shape: tuple[int, ...]) -> tuple[str, ...]:
+    answer = function.compute(first_input(function, shape))
     output = answer[0] if isinstance(answer, tuple) else answer
     if output.device.type == "cuda":
         torch.cuda.synchronize(output.device)

@@ -3,7 +3,8 @@
     request name ─► router ─► READY instance ─► lease ─► its compute function
                        │
                        └ nobody READY: evicted or pending models are asked for, within the deadline;
-                         loading, draining and failed ones answer "try again"; unknown names do not exist
+                         loading, draining and failed ones answer "try again"; unknown names do not exist;
+                         a request that names nobody asks for the model that was parked last
 
 This module is the only place where the manager's errors become refusals of the wire. The tensors, the
 messages and the statuses are `splitlearn_comm`'s.
@@ -15,9 +16,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from time import monotonic
 
 from splitlearn_comm.core.codec import TensorCodec
-from splitlearn_comm.core.errors import ComputeError, NotReady, UnknownTarget
+from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
 from splitlearn_comm.server.backend import Health, Opened, ServiceInfo
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
@@ -48,6 +50,7 @@ class ManagedBackend:
         max_waiters: requests that may wait for parked models at a time, at least 1; so many threads are
             lost to others meanwhile, so it should be less than there are.
         observe: called after each request with model id, status name and seconds.
+        observe_wait: called after each wait for a model with whether it was in vain, and seconds.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ManagedBackend:
         version: str,
         max_waiters: int,
         observe: Callable[[str, str, float], None],
+        observe_wait: Callable[[bool, float], None] = lambda in_vain, duration_s: None,
     ) -> None:
         self._manager = manager
         self._router = router
@@ -67,6 +71,7 @@ class ManagedBackend:
         self._codec = TensorCodec()
         self._waiters = threading.Semaphore(max_waiters)
         self._observe = observe
+        self._observe_wait = observe_wait
         # Models that requests wait for at this moment, and how many: while one of them loads, further
         # requests join the wait instead of being sent away.
         self._awaited: Counter[str] = Counter()
@@ -96,7 +101,11 @@ class ManagedBackend:
             running = lease.instance.running
             if running is None:
                 raise NotReady(f"model {lease.instance.model_id!r} is being unloaded")
-            yield Opened(lease.instance.model_id, running.compute_function, self._codec)
+            try:
+                yield Opened(lease.instance.model_id, running.compute_function, self._codec)
+            except OutOfMemory as error:
+                self._manager.ran_out_of_memory(lease.instance, error.batch)
+                raise
 
     def health(self) -> Health:
         ready = len(self._manager.table.all)
@@ -123,8 +132,16 @@ class ManagedBackend:
             return self._routed(name)
         except (ModelNotFound, ModelUnavailable):
             pass
-        self._await_model(self._asleep(name), remaining_s)
-        return self._routed(name)
+        wait_s = _LONGEST_WAIT_S if remaining_s is None else min(remaining_s, _LONGEST_WAIT_S)
+        until = monotonic() + wait_s
+        while True:
+            with self._waiting_for(self._asleep(name), until - monotonic()):
+                try:
+                    return self._routed(name)
+                except (ModelNotFound, ModelUnavailable):
+                    # Taken away between its READY and our lease, for an update or by Python.
+                    if monotonic() >= until:
+                        raise ModelUnavailable(f"model {name!r} was unloaded; try again") from None
 
     def _routed(self, name: str) -> Lease:
         chosen: ManagedModel | None = None
@@ -140,11 +157,11 @@ class ManagedBackend:
         Raises ModelNotFound or ModelUnavailable if there is none.
         """
         phases = self._reconciler.status.phases
-        known = self._reconciler.names.get(name, ())
+        known = self._reconciler.names.get(name, ()) if name else self._parked_last()
         for model_id in known:
             if phases.get(model_id) in _WAKES_ON_REQUEST or self._awaited[model_id]:
                 return model_id
-        if known:
+        if known and name:
             states = ", ".join(f"{m} is {self._reconciler.status.in_short(m)}" for m in known)
             raise ModelUnavailable(f"not ready: {states}; try again")
         if not name:
@@ -153,15 +170,33 @@ class ManagedBackend:
             raise ModelUnavailable(f"model {name!r} is {instance.state}; try again")
         raise ModelNotFound(f"no model or endpoint is called {name!r}")
 
-    def _await_model(self, model_id: str, remaining_s: float | None) -> None:
+    def _parked_last(self) -> tuple[str, ...]:
+        """The model that nobody named is for, if any: one that is waited for, or the last to be parked."""
+        phases = self._reconciler.status.phases
+        awaited = [model_id for model_id in phases if self._awaited[model_id]]
+        just_parked = [model_id for model_id, phase in phases.items() if phase is Phase.READY]
+        parked = [m for m in self._reconciler.parked if phases.get(m) is Phase.EVICTED]
+        return (*awaited, *just_parked, *parked)[:1]
+
+    @contextmanager
+    def _waiting_for(self, model_id: str, wait_s: float) -> Iterator[None]:
+        """Waits until the model serves; it goes on serving until the end of the block.
+
+        Raises ModelUnavailable if it does not serve in time, or too many wait already.
+        """
         if not self._waiters.acquire(blocking=False):
             raise ModelUnavailable(f"model {model_id!r} is asked for by many already; try again")
         with self._awaited_lock:
             self._awaited[model_id] += 1
+        began, in_vain = monotonic(), True
         try:
-            wait_s = _LONGEST_WAIT_S if remaining_s is None else min(remaining_s, _LONGEST_WAIT_S)
-            self._reconciler.demand(model_id, wait_s)
+            with self._reconciler.waiting_for(model_id, wait_s):
+                in_vain = False
+                self._observe_wait(in_vain, monotonic() - began)
+                yield
         finally:
+            if in_vain:
+                self._observe_wait(in_vain, monotonic() - began)
             with self._awaited_lock:
                 self._awaited[model_id] -= 1
                 if not self._awaited[model_id]:

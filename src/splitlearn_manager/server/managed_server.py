@@ -376,6 +376,7 @@ class ManagedServer:
             version=VERSION,
             max_waiters=max(1, self.config.max_workers // 2),
             observe=self._feed.after_request,
+            observe_wait=self._feed.after_wait,
         )
         try:
             network = build_server(

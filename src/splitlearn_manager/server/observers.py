@@ -14,6 +14,7 @@ from splitlearn_manager.monitoring.metrics import MetricsCollector, NodeReading
 from splitlearn_manager.monitoring.readings import UsageReading
 from splitlearn_manager.monitoring.status_series import ModelReading
 from splitlearn_manager.reconcile.conditions import next_retry_s
+from splitlearn_manager.reconcile.described import sizes_of
 from splitlearn_manager.reconcile.facts import health_of, sync_of
 from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
 
@@ -52,6 +53,10 @@ class MetricsFeed:
         known = model_id in self._reconciler.status.phases
         outcome = "success" if status == "OK" else status
         self._metrics.record_inference(model_id if known else _UNKNOWN, outcome, duration_s)
+
+    def after_wait(self, in_vain: bool, duration_s: float) -> None:
+        """Called when a request has waited for a model to be loaded."""
+        self._metrics.record_load_wait("refused" if in_vain else "served", duration_s)
 
     def after_turn(self, turn: Turn, watch_mode: str) -> None:
         """Called by the loop after each turn."""
@@ -103,7 +108,7 @@ class MetricsFeed:
         readings = []
         for model_id, entry in status.entries.items():
             facts = entry.facts
-            retry_s = next_retry_s(facts)
+            retry_s, sizes = next_retry_s(facts), sizes_of(facts)
             readings.append(
                 ModelReading(
                     model_id=model_id,
@@ -114,6 +119,9 @@ class MetricsFeed:
                     observed_generation=facts.observed_generation,
                     conditions=[(kind, state) for kind, state, _ in entry.since],
                     next_retry_at=moment.unix(retry_s) if retry_s is not None else None,
+                    estimated_mb=sizes.estimated_mb,
+                    weights_mb=sizes.weights_mb,
+                    activations_mb=sizes.activations_mb,
                 )
             )
         return readings
@@ -143,3 +151,5 @@ class MetricsFeed:
         self._metrics.set_hung_loads(sum(v.state is State.FAILED for v in snapshot.instances))
         self._metrics.set_reservations({d: ledger.used_mb(d) for d in ledger.budgets_mb})
         self._metrics.set_quotas(ledger.budgets_mb)
+        others = {device: ceiling.others_mb for device, ceiling in ledger.ceilings.items()}
+        self._metrics.set_pressure(others, ledger.pressed)

@@ -148,6 +148,29 @@ def test_a_model_is_told_with_its_conditions_and_latest_events() -> None:
     assert lines[-1].endswith("Loaded   1")
 
 
+def test_a_model_says_what_it_measured_and_what_was_estimated_side_by_side() -> None:
+    def sizes(**keys: object) -> list[str]:
+        lines = shown(model_lines(model("minilm", **keys), NOW, WIDE))
+        return [" ".join(line.split()) for line in lines if line.split()[0] in _SIZES]
+
+    assert sizes(memory_mb=112.4, weights_mb=87.0, activations_mb=25.4, estimated_mb=86.6) == [
+        "memory 112 MB cpu",
+        "measured 87 MB of weights, 25 MB of activations for its largest batch",
+        "estimated 87 MB, before it was loaded",
+    ]
+    assert sizes(memory_mb=87.0, weights_mb=87.0, activations_mb=None, estimated_mb=None) == [
+        "memory 87 MB cpu",
+        "measured 87 MB of weights; what a forward takes was not measured",
+    ]
+    assert sizes(memory_mb=None, reserved_mb=0.0, estimated_mb=90.0) == [
+        "memory –",
+        "estimated 90 MB, before it was loaded",
+    ]
+
+
+_SIZES = ("memory", "measured", "estimated")
+
+
 def test_an_event_that_was_repeated_says_how_often() -> None:
     event = {"at": NOW, "model_id": "bert", "reason": "LoadFailed", "message": "no", "count": 3}
     (line,) = shown(event_lines([event], NOW))

@@ -13,7 +13,12 @@ import pynvml
 import pytest
 
 from splitlearn_manager.core.gpus import Nvml, torch_built_with_cuda, visible
-from splitlearn_manager.core.host_memory import CgroupLimit, cgroup_limits, host_memory
+from splitlearn_manager.core.host_memory import (
+    MemoryLimit,
+    cgroup_limits,
+    host_memory,
+    memory_stall,
+)
 from splitlearn_manager.core.resource_manager import ResourceManager, budget_device
 from splitlearn_manager.errors import ConfigError
 from support.fake_nvml import FakeGpu, FakeNvml
@@ -41,7 +46,7 @@ def manager(
     percent: float = 80,
     quotas: dict[str, float] | None = None,
     environ: dict[str, str] | None = None,
-    cgroups: tuple[CgroupLimit, ...] = (),
+    limits: tuple[MemoryLimit, ...] = (),
 ) -> ResourceManager:
     return ResourceManager(
         percent,
@@ -49,7 +54,7 @@ def manager(
         FakeNvml(*gpus),
         environ=environ or {},
         torch_has_cuda=lambda: True,
-        cgroups=lambda: cgroups,
+        memory_limits=lambda: limits,
     )
 
 
@@ -291,8 +296,8 @@ def test_best_device_is_the_gpu_with_most_free_memory() -> None:
 
 
 def test_available_means_free_and_within_the_limit() -> None:
-    half_used = (CgroupLimit(limit_bytes=1000 * MB, used_bytes=500 * MB),)
-    rm = manager(FakeGpu(total_mb=1000, used_mb=700), cgroups=half_used)
+    half_used = (MemoryLimit(limit_bytes=1000 * MB, used_bytes=500 * MB),)
+    rm = manager(FakeGpu(total_mb=1000, used_mb=700), limits=half_used)
 
     assert rm.check_available_resources(300)
     assert not rm.check_available_resources(301)
@@ -331,11 +336,31 @@ def test_budget_is_the_quota_else_the_share_of_what_the_device_has() -> None:
 
 
 def test_a_container_limit_is_what_the_cpu_has() -> None:
-    rm = manager(cgroups=(CgroupLimit(limit_bytes=100 * MB, used_bytes=25 * MB),))
+    rm = manager(limits=(MemoryLimit(limit_bytes=100 * MB, used_bytes=25 * MB),))
 
     assert rm.budgets_mb()["cpu"] == 80
     usage = rm.get_current_usage()
     assert (usage.memory_mb, usage.memory_percent) == (25, 25)
+
+
+def test_readings_tell_of_each_device_what_everybody_uses() -> None:
+    rm = manager(FakeGpu(total_mb=1000, used_mb=700), limits=(MemoryLimit(100 * MB, 25 * MB),))
+
+    readings = rm.readings()
+
+    assert readings.keys() == {"cpu", "cuda:0"}
+    assert (readings["cpu"].total_mb, readings["cpu"].used_mb) == (100, 25)
+    assert (readings["cuda:0"].total_mb, readings["cuda:0"].used_mb) == (1000, 700)
+
+
+def test_a_gpu_that_cannot_be_read_has_no_reading() -> None:
+    gpu = FakeGpu(total_mb=1000)
+    rm = manager(gpu)
+    assert "cuda:0" in rm.readings()
+
+    gpu.fails = True
+
+    assert "cuda:0" not in rm.readings()
 
 
 def test_limits_change_live() -> None:
@@ -434,7 +459,7 @@ def test_version_2_limits_of_all_levels_count(tmp_path: Path) -> None:
     write(tmp_path / "fs/pod/memory.stat", "anon 1\ninactive_file 150\n")
 
     assert cgroup_limits(tmp_path / "cgroup", tmp_path / "fs") == (
-        CgroupLimit(limit_bytes=1000, used_bytes=250),
+        MemoryLimit(limit_bytes=1000, used_bytes=250),
     )
 
 
@@ -445,8 +470,84 @@ def test_version_1_limits_count_beside_other_controllers(tmp_path: Path) -> None
     write(tmp_path / "fs/memory/box/memory.stat", "inactive_file 1\ntotal_inactive_file 100\n")
 
     assert cgroup_limits(tmp_path / "cgroup", tmp_path / "fs") == (
-        CgroupLimit(limit_bytes=2000, used_bytes=800),
+        MemoryLimit(limit_bytes=2000, used_bytes=800),
     )
+
+
+def test_page_cache_counts_as_free_unless_programs_have_it_mapped(tmp_path: Path) -> None:
+    """Files of models that come back are on the active list, and the kernel gives them back all the same."""
+    write(tmp_path / "cgroup", "0::/box\n")
+    write(tmp_path / "fs/box/memory.max", "2000\n")
+    write(tmp_path / "fs/box/memory.current", "1500\n")
+    stat = "inactive_file 100\nactive_file 700\nfile_mapped 250\nshmem 50\n"
+    write(tmp_path / "fs/box/memory.stat", stat)
+
+    assert cgroup_limits(tmp_path / "cgroup", tmp_path / "fs") == (MemoryLimit(2000, 900),)
+
+
+def test_cache_that_is_all_mapped_leaves_what_is_inactive(tmp_path: Path) -> None:
+    write(tmp_path / "cgroup", "4:memory:/box\n")
+    write(tmp_path / "fs/memory/box/memory.limit_in_bytes", "2000\n")
+    write(tmp_path / "fs/memory/box/memory.usage_in_bytes", "1500\n")
+    stat = "total_inactive_file 100\ntotal_active_file 300\ntotal_mapped_file 900\ntotal_shmem 0\n"
+    write(tmp_path / "fs/memory/box/memory.stat", stat)
+
+    assert cgroup_limits(tmp_path / "cgroup", tmp_path / "fs") == (MemoryLimit(2000, 1400),)
+
+
+def test_memory_high_limits_like_memory_max(tmp_path: Path) -> None:
+    write(tmp_path / "cgroup", "0::/\n")
+    write(tmp_path / "fs/memory.max", "max\n")
+    write(tmp_path / "fs/memory.high", "1200\n")
+    write(tmp_path / "fs/memory.current", "200\n")
+
+    assert cgroup_limits(tmp_path / "cgroup", tmp_path / "fs") == (MemoryLimit(1200, 200),)
+
+
+@pytest.mark.parametrize(
+    ("text", "percent"),
+    [
+        ("some avg10=12.50 avg60=3.00 avg300=1.00 total=9\nfull avg10=1.00\n", 12.5),
+        ("full avg10=1.00 avg60=0.00 avg300=0.00 total=9\n", None),
+        ("some avg10=much\n", None),
+        ("", None),
+    ],
+)
+def test_stalls_are_those_of_the_own_group(
+    tmp_path: Path, text: str, percent: float | None
+) -> None:
+    write(tmp_path / "cgroup", "4:memory:/box\n0::/pod/box\n")
+    write(tmp_path / "fs/pod/box/memory.pressure", text)
+    write(tmp_path / "fs/pod/memory.pressure", "some avg10=99.00\n")
+
+    assert memory_stall(tmp_path / "cgroup", tmp_path / "fs") == percent
+
+
+def test_stalls_are_not_known_in_version_1(tmp_path: Path) -> None:
+    write(tmp_path / "cgroup", "4:memory:/box\n")
+
+    assert memory_stall(tmp_path / "cgroup", tmp_path / "fs") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux refuses address space")
+def test_a_limit_on_address_space_counts_as_one_on_memory() -> None:
+    code = (
+        "import resource\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))\n"
+        "from splitlearn_manager.core.resource_manager import ResourceManager\n"
+        "rm = ResourceManager()\n"
+        "def free(): r = rm.readings()['cpu']; return r.total_mb - r.used_mb\n"
+        "before = free()\n"
+        "held = bytearray(200 << 20)\n"
+        "print(rm.readings()['cpu'].total_mb, before - free(), before < 3072)\n"
+    )
+    total, taken, below = subprocess.run(
+        [sys.executable, "-c", code], check=True, timeout=60, capture_output=True, text=True
+    ).stdout.split()
+
+    assert float(total) == 3072
+    assert float(taken) == pytest.approx(200, abs=2)
+    assert below == "True"
 
 
 @pytest.mark.parametrize("path", ["/not/in/this/mount", "/../outside"])
@@ -460,7 +561,7 @@ def test_a_container_that_sees_itself_as_the_root_finds_its_limit_there(
     write(tmp_path / "outside/memory.current", "1\n")
 
     assert cgroup_limits(tmp_path / "cgroup", tmp_path / "fs") == (
-        CgroupLimit(limit_bytes=700, used_bytes=0),
+        MemoryLimit(limit_bytes=700, used_bytes=0),
     )
 
 
@@ -469,7 +570,7 @@ def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path) -> None:
 
 
 def test_the_tightest_of_machine_and_limits_counts() -> None:
-    limits = (CgroupLimit(800 * MB, 100 * MB), CgroupLimit(600 * MB, 50 * MB))
+    limits = (MemoryLimit(800 * MB, 100 * MB), MemoryLimit(600 * MB, 50 * MB))
 
     memory = host_memory(1000 * MB, 900 * MB, limits)
 
@@ -477,13 +578,13 @@ def test_the_tightest_of_machine_and_limits_counts() -> None:
 
 
 def test_a_limit_above_the_machines_memory_limits_nothing() -> None:
-    memory = host_memory(1000 * MB, 900 * MB, [CgroupLimit(2**62, 999 * MB)])
+    memory = host_memory(1000 * MB, 900 * MB, [MemoryLimit(2**62, 999 * MB)])
 
     assert (memory.total_mb, memory.free_mb) == (1000, 900)
 
 
 def test_a_container_over_its_limit_has_nothing_free() -> None:
-    memory = host_memory(1000 * MB, 900 * MB, [CgroupLimit(100 * MB, 120 * MB)])
+    memory = host_memory(1000 * MB, 900 * MB, [MemoryLimit(100 * MB, 120 * MB)])
 
     assert (memory.free_mb, memory.percent) == (0, 100)
 

@@ -25,6 +25,9 @@ READY = ModelReading(
     observed_generation=3,
     conditions=[("Ready", "False"), ("Synced", "False")],
     next_retry_at=1.7e9,
+    estimated_mb=90.0,
+    weights_mb=91.5,
+    activations_mb=8.25,
 )
 
 
@@ -72,6 +75,7 @@ def record_everything(metrics: MetricsCollector) -> None:
     metrics.set_models_loaded(1)
     metrics.record_inference("a", "success", 0.02)
     metrics.record_eviction()
+    metrics.record_load_wait("served", 0.4)
     metrics.set_models_source(lambda: [READY])
     metrics.set_node(NodeReading({"Ready": 1}, problems=2, prune_guard_blocked=3, settled=True))
     metrics.set_hung_loads(1)
@@ -82,6 +86,7 @@ def record_everything(metrics: MetricsCollector) -> None:
     metrics.set_watch_mode("inotify")
     metrics.set_reservations({"cpu": 90.0})
     metrics.set_quotas({"cpu": 800.0})
+    metrics.set_pressure({"cpu": 300.0}, ("cpu",))
     metrics.update_resources(usage(250.0))
 
 
@@ -108,7 +113,11 @@ def test_every_promised_metric_has_exactly_its_name_and_labels() -> None:
     assert seen.get("splitlearn_model_phase", model_id="a", phase="Ready") == 1
     assert seen.get("splitlearn_reservation_mb", device="cpu") == 90
     assert seen.get("splitlearn_quota_mb", device="cpu") == 800
+    assert seen.get("splitlearn_others_mb", device="cpu") == 300
+    assert seen.get("splitlearn_memory_pressure", device="cpu") == 1
     assert seen.get("splitlearn_evictions_total") == 1
+    assert seen.get("splitlearn_load_wait_seconds_count", outcome="served") == 1
+    assert seen.get("splitlearn_load_wait_seconds_sum", outcome="served") == 0.4
     assert seen.get("splitlearn_in_flight", model_id="a") == 3
     assert seen.get("splitlearn_model_sync", model_id="a", sync="OutOfSync") == 1
     assert seen.get("splitlearn_model_health", model_id="a", health="Healthy") == 1
@@ -116,6 +125,9 @@ def test_every_promised_metric_has_exactly_its_name_and_labels() -> None:
     assert seen.get("splitlearn_model_observed_generation", model_id="a") == 3
     assert seen.get("splitlearn_model_condition", model_id="a", type="Synced", status="False") == 1
     assert seen.get("splitlearn_model_next_retry_timestamp_seconds", model_id="a") == 1.7e9
+    assert seen.get("splitlearn_model_estimated_mb", model_id="a") == 90
+    assert seen.get("splitlearn_model_measured_mb", model_id="a", part="weights") == 91.5
+    assert seen.get("splitlearn_model_measured_mb", model_id="a", part="activations") == 8.25
     assert seen.get("splitlearn_models", phase="Ready") == 1
     assert seen.get("splitlearn_source_available") == 1
     assert seen.get("splitlearn_problems") == 2
@@ -149,7 +161,10 @@ def test_nothing_else_is_exposed() -> None:
         "splitlearn_model_phase": "gauge",
         "splitlearn_reservation_mb": "gauge",
         "splitlearn_quota_mb": "gauge",
+        "splitlearn_others_mb": "gauge",
+        "splitlearn_memory_pressure": "gauge",
         "splitlearn_evictions": "counter",
+        "splitlearn_load_wait_seconds": "histogram",
         "splitlearn_in_flight": "gauge",
         "splitlearn_model_sync": "gauge",
         "splitlearn_model_health": "gauge",
@@ -157,6 +172,8 @@ def test_nothing_else_is_exposed() -> None:
         "splitlearn_model_observed_generation": "gauge",
         "splitlearn_model_condition": "gauge",
         "splitlearn_model_next_retry_timestamp_seconds": "gauge",
+        "splitlearn_model_estimated_mb": "gauge",
+        "splitlearn_model_measured_mb": "gauge",
         "splitlearn_models": "gauge",
         "splitlearn_source_available": "gauge",
         "splitlearn_problems": "gauge",
@@ -238,7 +255,7 @@ def test_the_series_of_models_are_in_the_registry_too_and_say_the_same() -> None
         if "model_id" in sample.labels
     }
 
-    assert len(of_registry) == 12
+    assert len(of_registry) == 15
     assert {key: value for key, value in seen.items() if key in of_registry} == of_registry
 
 
@@ -265,10 +282,12 @@ def test_devices_that_are_gone_lose_their_series() -> None:
     metrics = MetricsCollector()
     metrics.set_reservations({"cpu": 1.0, "cuda:0": 2.0})
     metrics.set_quotas({"cpu": 1.0, "cuda:0": 2.0})
+    metrics.set_pressure({"cpu": 1.0, "cuda:0": 2.0}, ("cpu", "cuda:0"))
     metrics.update_resources(usage(1.0, 2.0))
 
     metrics.set_reservations({"cpu": 5.0})
     metrics.set_quotas({"cpu": 6.0})
+    metrics.set_pressure({"cpu": 9.0}, ())
     metrics.update_resources(usage(7.0))
 
     seen = scrape(metrics)
@@ -277,6 +296,9 @@ def test_devices_that_are_gone_lose_their_series() -> None:
     assert seen.get("gpu_memory_mb", gpu_id="0") == 7
     assert seen.get("splitlearn_reservation_mb", device="cuda:0") is None
     assert seen.get("splitlearn_quota_mb", device="cuda:0") is None
+    assert seen.get("splitlearn_memory_pressure", device="cpu") == 0
+    assert seen.get("splitlearn_memory_pressure", device="cuda:0") is None
+    assert seen.get("splitlearn_others_mb", device="cuda:0") is None
     assert seen.get("gpu_memory_mb", gpu_id="1") is None
 
 

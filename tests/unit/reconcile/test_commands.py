@@ -195,7 +195,7 @@ def test_weights_are_watched_of_what_runs_is_tried_or_asked_for() -> None:
     lab.source.look = lambda now, i: looked.append(i.watched) or look(now, i)  # type: ignore[assignment, func-returns-value]
     lab.loop.turn()
     assert looked[-1] == {"runs"}
-    lab.loop.ask_for("waits")
+    lab.loop.join("waits", 30.0)
     lab.loop.turn()
     assert looked[-1] == {"runs", "waits"}
 

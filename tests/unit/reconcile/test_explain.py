@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.desired.state import SourceRef
 from splitlearn_manager.reconcile.actions import Waiting
@@ -15,6 +16,7 @@ from splitlearn_manager.reconcile.events import Event
 from splitlearn_manager.reconcile.explain import explain, explain_conflict
 from splitlearn_manager.reconcile.explanation import Explanation
 from splitlearn_manager.reconcile.status import DeviceUse, Facts
+from splitlearn_manager.runtime.base import Activations
 from support.fakes import model
 from support.status_lab import (
     ATTEMPT,
@@ -36,6 +38,10 @@ TRACEBACK = (
     "correct what the message says; with `log_level: DEBUG` in server.yaml, which applies at once, the "
     "next try logs the whole traceback"
 )
+
+
+ESTIMATED = "that is an estimate of its weights; a load measures what it takes"
+MEASURED = Measurement("l", "w", "cpu", 95.0, 100.0, Activations(((4.0, 0.5),)))
 
 
 def of(
@@ -61,7 +67,7 @@ def test_pending_for_memory_names_who_holds_it_and_what_would_free_some() -> Non
         ],
     )
     assert found.headline == "m waits for memory"
-    assert found.because == ("needs 10 MB on cpu",)
+    assert found.because == ("needs 10 MB on cpu", ESTIMATED)
     assert found.waits_for == "10 MB on cpu"
     assert found.would_help == (
         "a request for m: then idle (400 MB) may make room, last used before it",
@@ -85,6 +91,22 @@ def test_pending_for_more_memory_than_there_is_says_that_waiting_does_not_help()
         "raise memory_quota_mb of cpu, or max_memory_percent, in server.yaml: it applies at once",
         "a smaller model, or its weights in a smaller dtype (`config.dtype`)",
     )
+
+
+def test_pending_for_memory_says_what_its_last_load_measured() -> None:
+    found = of(replace(NOTHING, wanted=wanted(mb=120.0, measured=MEASURED), waiting=NO_ROOM))
+    assert found.because == (
+        "needs 10 MB on cpu",
+        "its last load measured 120 MB (100 MB of weights, 20 MB of activations for batches of 32)",
+    )
+
+
+def test_what_serves_says_what_it_takes_and_what_was_estimated() -> None:
+    serves = view(State.READY, measured=MEASURED)
+    assert (
+        "it takes 120 MB (100 MB of weights, 20 MB of activations for batches of 32) on cpu; its weights "
+        "were estimated at 95 MB"
+    ) in of(replace(NOTHING, views=(serves,))).because
 
 
 def test_pending_where_one_of_two_devices_would_do_is_no_matter_of_the_budget() -> None:
@@ -356,6 +378,7 @@ def test_an_invalid_file_of_a_model_that_waits_is_told_beside_the_wait() -> None
     assert found.because == (
         'm.yaml:7:16  max_memory_mb: expected an integer, got "4gb"',
         "needs 10 MB on cpu",
+        ESTIMATED,
     )
     assert found.would_help[0] == "correct the file"
 

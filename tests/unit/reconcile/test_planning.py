@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
-from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
+from splitlearn_manager.reconcile.actions import (
+    Action,
+    Demand,
+    Mode,
+    Observed,
+    Plan,
+    Verb,
+    Wanted,
+)
 from splitlearn_manager.reconcile.backoff import Attempt
 from splitlearn_manager.reconcile.plan import describe_changes, plan
 from support.fakes import Bench, model
@@ -21,6 +29,7 @@ class Node:
         self.parked: dict[str, float] = {}
         self.fallbacks: dict[str, Wanted] = {}
         self.limited: dict[str, float] = {}
+        self.demands: dict[str, Demand] = {}
 
     def want(
         self, model_id: str, *, weights: str = "w0", mb: float = 10.0, **keys: object
@@ -51,6 +60,11 @@ class Node:
         self.bench.executor.run_all()
         assert model_id in self.bench.manager.table.by_model
 
+    def ask(self, model_id: str, *, for_s: float = 30.0) -> None:
+        """A request waits for the model from now on."""
+        now = self.bench.clock.now()
+        self.demands[model_id] = Demand(1, now, now + for_s / 2)
+
     def fail(self, model_id: str, *, retry_in_s: float | None = 30.0) -> None:
         """The wanted version has failed once."""
         retry_at = None if retry_in_s is None else self.bench.clock.now() + retry_in_s
@@ -67,6 +81,7 @@ class Node:
                 parked=self.parked,
                 fallbacks=self.fallbacks,
                 limited=self.limited,
+                demands=self.demands,
                 now_s=self.bench.clock.now(),
             ),
         )
@@ -345,7 +360,7 @@ def test_an_idle_model_is_parked_after_keep_alive_s_and_stays_so_until_it_is_ask
     node.bench.executor.run_all()
     node.parked["a"] = node.bench.clock.now()
     assert (node.actions, node.reason("a")) == ([], "Evicted")
-    node.change("a", demanded_s=node.bench.clock.now() + 1.0)
+    node.ask("a")
     assert node.actions == [(Verb.LOAD, "a")]
 
 

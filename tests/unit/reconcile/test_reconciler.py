@@ -218,6 +218,12 @@ def test_when_the_former_version_cannot_be_loaded_either_it_is_not_tried_for_eve
     assert loop.loop.status.published["a"]["observed_generation"] == 2
 
 
+def wait_for(loop: Reconciler, model_id: str) -> None:
+    """As a request does that waits for a model."""
+    with loop.waiting_for(model_id, DEADLINE_S):
+        pass
+
+
 def wait_in_a_thread(call: Callable[[], None]) -> tuple[threading.Thread, list[Exception]]:
     """Runs the call beside the test; the errors it raises are collected."""
     raised: list[Exception] = []
@@ -255,7 +261,7 @@ def test_an_idle_model_is_parked_though_its_update_waits_for_room() -> None:
     loop.settle()
     assert loop.phase("a") is Phase.EVICTED
     loop.bench.clock.advance(1.0)
-    loop.loop.ask_for("a")
+    loop.loop.join("a", 30.0)
     loop.settle()
     assert loop.bench.manager.table.by_model["a"].spec.weights == "w1"
 
@@ -273,8 +279,8 @@ def test_a_demand_brings_an_evicted_model_back_and_evicts_the_least_recently_use
         assert loop.settle().plan.actions == ()
     assert len(loop.bench.runtime.started) == loads, "nobody asked for it"
 
-    thread, raised = wait_in_a_thread(lambda: loop.loop.demand("a", DEADLINE_S))
-    eventually(lambda: loop.loop._memory.demands.get("a"), "the demand is noted")
+    thread, raised = wait_in_a_thread(lambda: wait_for(loop.loop, "a"))
+    eventually(lambda: loop.loop._memory.waiters.at(0.0), "the wait is noted")
     loop.settle()
     thread.join(DEADLINE_S)
     assert not thread.is_alive()
@@ -287,8 +293,8 @@ def test_a_demand_for_a_model_that_fails_to_load_ends_with_that() -> None:
     loop.declare("a", weights=None)
     loop.loop.turn()
     assert loop.phase("a") is Phase.PENDING
-    thread, raised = wait_in_a_thread(lambda: loop.loop.demand("a", DEADLINE_S))
-    eventually(lambda: loop.loop._memory.demands.get("a"), "the demand is noted")
+    thread, raised = wait_in_a_thread(lambda: wait_for(loop.loop, "a"))
+    eventually(lambda: loop.loop._memory.waiters.at(0.0), "the wait is noted")
     loop.bench.runtime.failures["a"] = broken()
     loop.declare("a")
     loop.settle()
@@ -302,9 +308,9 @@ def test_a_demand_ends_when_its_time_is_over_and_when_the_loop_stops() -> None:
     loop = Loop()
     loop.declare("a", weights=None)
     loop.loop.turn()
-    with pytest.raises(ModelUnavailable, match="Pending"):
-        loop.loop.demand("a", 0.0)
-    thread, raised = wait_in_a_thread(lambda: loop.loop.demand("a", DEADLINE_S))
+    with pytest.raises(ModelUnavailable, match="Pending"), loop.loop.waiting_for("a", 0.0):
+        pytest.fail("it serves")
+    thread, raised = wait_in_a_thread(lambda: wait_for(loop.loop, "a"))
     loop.loop.stop()
     thread.join(DEADLINE_S)
     assert not thread.is_alive()

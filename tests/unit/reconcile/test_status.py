@@ -266,7 +266,8 @@ def test_the_node_is_shown_with_its_models_problems_and_guard(book: StatusBook) 
     }
     assert node["conflicts"] == {"x": ["a.yaml:1", "b.yaml:2"]}
     assert (node["suspended"], node["restart_required"]) == (["m"], ["port"])
-    assert node["devices"] == [{"device": "cpu", "reserved_mb": 900.0, "budget_mb": 1000.0}]
+    devices = {"device": "cpu", "reserved_mb": 900.0, "budget_mb": 1000.0, "limit_mb": 1000.0}
+    assert node["devices"] == [devices]
     assert (node["directory"], node["grpc"], node["max_models"]) == ("/desired", INFO.grpc, 2)
 
 
@@ -280,6 +281,7 @@ def test_before_anything_was_published_there_is_a_node_without_models(book: Stat
         "Watching",
         "StateKept",
         "PruneGuard",
+        "MemoryPressure",
         "RestartRequired",
         "Settled",
     ]

@@ -12,10 +12,14 @@ from pathlib import Path
 import pytest
 
 from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.desired.state import DesiredModel, SourceRef
 from splitlearn_manager.reconcile.record import HistoryEntry, ModelRecord, Record
 from splitlearn_manager.reconcile.store import NODE, DirectoryFiles, Store, shard_of
+from splitlearn_manager.runtime.base import Activations
 from support.fakes import MemoryFiles, model
+
+OF = {"load_hash": "l", "weights": "w", "device": "cpu"}
 
 
 class Died(BaseException):
@@ -89,6 +93,10 @@ def test_what_was_saved_is_loaded() -> None:
         kept,
         served=served,
         suspended=True,
+        measured=(
+            Measurement("l0", "w0", "cpu", None, 80.5),
+            Measurement("l1", "w1", "cuda:0", 90.0, 90.25, Activations(((1.0, 0.1), (-2.0, 0.4)))),
+        ),
         accepted=replace(
             kept.accepted, guarded=True, claimed_by=(SourceRef("x.yaml", 1), SourceRef("y.yaml", 2))
         ),
@@ -99,6 +107,43 @@ def test_what_was_saved_is_loaded() -> None:
     assert found.models["a"].accepted.config.base_dir == Path("/desired/sub")
     assert found.models["a"].served is not None
     assert found.models["a"].served.config.base_dir == Path("/desired")
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        [{**OF, "estimated_mb": None}],
+        [{**OF, "estimated_mb": None, "weights_mb": -1.0}],
+        [{**OF, "estimated_mb": float("nan"), "weights_mb": 1.0}],
+        [
+            {
+                **OF,
+                "estimated_mb": 1.0,
+                "weights_mb": 1.0,
+                "activations_mb": [[1.0, float("inf")]],
+            }
+        ],
+        ["no measurement"],
+    ],
+)
+def test_a_measurement_that_is_none_is_done_without_and_costs_no_model(measured: object) -> None:
+    files = saved(of("a"))
+    data = json.loads(files.held[shard_of("a")])
+    data["models"]["a"]["measured"] = measured
+    files.held[shard_of("a")] = json.dumps(data).encode()
+    record, complaints = Store(files).load()
+    assert record == of("a")
+    assert complaints == ()
+
+
+def test_what_an_older_version_wrote_has_no_measurements() -> None:
+    files = saved(
+        Record({"a": replace(record_of("a"), measured=(Measurement("l", "w", "cpu", 1, 1),))})
+    )
+    data = json.loads(files.held[shard_of("a")])
+    del data["models"]["a"]["measured"]
+    files.held[shard_of("a")] = json.dumps(data).encode()
+    assert loaded(files) == of("a")
 
 
 def test_what_was_said_of_a_moment_is_not_kept() -> None:

@@ -55,6 +55,9 @@ def test_a_started_model_answers_and_is_measured(tmp_path: Path) -> None:
     x = torch.rand(3, 8)
     assert torch.equal(running.compute_function.compute(x), original(x))  # type: ignore[arg-type]
     assert running.memory_mb == sum(p.nbytes for p in original.parameters()) / 2**20
+    activations = running.measure_activations()
+    assert activations is not None
+    assert activations.mb(32) == 32 * (8 + 2 * 16) * 4 / 2**20
     assert running.warmed
     assert running.notes == ()
 
@@ -134,6 +137,7 @@ def test_loading_and_closing_again_and_again_leaves_nothing(tmp_path: Path, kind
         assert loader.released == count
     with pytest.raises(ModelUnavailable):
         _ = running.compute_function
+    assert running.measure_activations() is None
 
 
 def test_a_failed_warmup_leaves_nothing_although_the_error_is_kept(tmp_path: Path) -> None:

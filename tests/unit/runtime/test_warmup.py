@@ -66,7 +66,7 @@ def run(module: nn.Module, **keys: object) -> tuple[Warmup, list[torch.Tensor]]:
 )
 def test_a_shape_is_guessed_from_the_first_layer(module: nn.Module, shape: tuple[int, ...]) -> None:
     warmup, seen = run(module.eval())
-    assert warmup == Warmup(True)
+    assert warmup == Warmup(shape)
     assert tuple(seen[-1].shape) == shape
 
 
@@ -86,13 +86,13 @@ def test_a_model_that_no_guess_fits_serves_with_a_note_of_what_was_tried() -> No
     assert note.startswith("not warmed up: give config.input_shape (tried [1, 7]: RuntimeError: ")
     assert "; [1, 1, 7]: RuntimeError: " in note
     unknown, seen = run(nn.ReLU())
-    assert unknown == Warmup(False, ("not warmed up: give config.input_shape",))
+    assert unknown == Warmup(None, ("not warmed up: give config.input_shape",))
     assert seen == []
 
 
 def test_input_shape_is_used_as_it_is() -> None:
     warmup, seen = run(nn.Linear(7, 2), config={"input_shape": [3, 5, 7]})
-    assert warmup == Warmup(True)
+    assert warmup == Warmup((3, 5, 7))
     assert [tuple(x.shape) for x in seen] == [(3, 5, 7)]
 
 
@@ -117,7 +117,8 @@ def test_a_model_that_cannot_take_its_own_input_shape_is_not_served() -> None:
 
 def test_warmup_false_runs_nothing() -> None:
     warmup, seen = run(nn.Linear(7, 2), warmup=False)
-    assert warmup == Warmup(False)
+    assert warmup == Warmup()
+    assert not warmup.warmed
     assert seen == []
 
 
@@ -125,7 +126,7 @@ def test_an_answer_that_is_not_finite_is_noted() -> None:
     module = nn.Linear(2, 2)
     nn.init.constant_(module.bias, float("nan"))
     warmup, _ = run(module)
-    assert warmup == Warmup(True, ("its first answer has values that are not finite",))
+    assert warmup == Warmup((1, 2), ("its first answer has values that are not finite",))
 
 
 def test_a_wrong_output_name_is_told_as_such() -> None:
@@ -141,5 +142,6 @@ def test_transformers_models_need_no_input_shape(tmp_path: Path, save: object) -
     save(tmp_path)
     config = model_config(tmp_path)
     module = ModelLoader().load(config, "cpu").module
-    assert warm_up(ModelComputeFunction(module), config) == Warmup(True)
-    assert guessed_shapes(module) == ((1, 3, 16, 16),) if save is tiny_vit else ((1, 8),)
+    (shape,) = guessed_shapes(module)
+    assert shape == ((1, 3, 16, 16) if save is tiny_vit else (1, 8))
+    assert warm_up(ModelComputeFunction(module), config) == Warmup(shape)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from splitlearn_comm.core.errors import ComputeError, NotReady, UnknownTarget
+from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
 from splitlearn_comm.server.statuses import status_of
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner
 from splitlearn_manager.errors import (
@@ -125,6 +125,30 @@ def test_the_lease_is_given_back_when_the_request_fails(server: Server) -> None:
         raise ArithmeticError
     info = server.manager.get_model_info("m")
     assert (info["in_flight"], info["error_count"]) == (0, 1)
+
+
+def test_a_batch_without_memory_halves_the_largest_that_is_thought_to_fit(server: Server) -> None:
+    server.load("m")
+    (instance,) = server.manager.table.all
+    told = []
+    server.manager.on_event(lambda event: told.append((event.reason, event.message)))
+
+    def fails_on(batch: int) -> int | None:
+        with pytest.raises(OutOfMemory), server.backend.open("m"):
+            raise OutOfMemory("no memory", batch)
+        return instance.largest_batch
+
+    assert [fails_on(batch) for batch in (64, 100, 33, 20, 1, 1)] == [32, 32, 16, 10, 1, 1]
+    assert [reason for reason, _ in told] == ["OutOfMemory"] * 4
+    assert told[0][1] == (
+        "ran out of memory on a batch of 64: that request failed; from now on batches of at most 32 are "
+        "thought to fit"
+    )
+    info = server.manager.get_model_info("m")
+    assert info["notes"] == ["ran out of memory: batches of at most 1 are thought to fit"]
+    assert (info["state"], info["in_flight"], info["error_count"]) == ("READY", 0, 6)
+    (view,) = server.manager.snapshot().instances
+    assert view.notes == ("ran out of memory: batches of at most 1 are thought to fit",)
 
 
 def test_without_an_id_the_ready_models_take_turns(server: Server) -> None:

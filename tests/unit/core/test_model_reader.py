@@ -1,0 +1,88 @@
+"""What a load measures is measured once for a version on a device, and kept with its estimate."""
+
+from __future__ import annotations
+
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.measurement import Measurement
+from splitlearn_manager.core.model_reader import ModelReader
+from splitlearn_manager.runtime.base import Activations
+from support.fakes import FakeFiles, FakeRunning, FakeRuntime, model
+
+LINES = Activations(((5.0, 1.0),))
+
+
+class Measured(FakeRunning):
+    """Counts how often forwards are run to measure them."""
+
+    measured = 0
+
+    def measure_activations(self) -> Activations | None:
+        self.measured += 1
+        return LINES
+
+
+class Runtime(FakeRuntime):
+    def start(self, config: ModelConfig, device: str) -> FakeRunning:
+        running = Measured(config, 90.0)
+        self.running.append(running)
+        return running
+
+    @property
+    def measured(self) -> list[int]:
+        return [r.measured for r in self.running if isinstance(r, Measured)]
+
+
+def reader() -> tuple[ModelReader, Runtime, FakeFiles]:
+    runtime, files = Runtime(), FakeFiles()
+    return ModelReader(runtime, files), runtime, files  # type: ignore[arg-type]
+
+
+def spec(weights: str = "w0", **keys: object) -> ModelSpec:
+    return ModelSpec.of(model("a", **keys), weights=weights)
+
+
+def test_a_version_that_was_measured_is_not_run_again_to_measure_it() -> None:
+    reads, runtime, files = reader()
+    for _ in range(2):
+        reads.read(spec(), "cpu")
+    assert runtime.measured == [1, 0]
+    reads.read(spec(batch_size=64), "cpu")  # batches are no other model
+    assert runtime.measured == [1, 0, 0]
+    assert reads.size_mb(spec(batch_size=64)) == 90.0 + 5.0 + 64.0
+    files.fingerprints["a"] = "w1"
+    reads.read(spec("w1"), "cpu")
+    assert runtime.measured == [1, 0, 0, 1]
+
+
+def test_nor_is_it_by_the_next_process() -> None:
+    first, _, _ = reader()
+    first.read(spec(), "cpu")
+    second, runtime, _ = reader()
+    second.restore("a", first.measurements("a"))
+    second.read(spec(), "cpu")
+    assert runtime.measured == [0]
+    assert second.measurements("a") == first.measurements("a")
+
+
+def test_another_device_may_take_another_amount() -> None:
+    reads, runtime, _ = reader()
+    for device in ("cpu", "cuda:0", "cuda:0"):
+        reads.read(spec(), device)
+    assert runtime.measured == [1, 1, 0]
+
+
+def test_the_estimate_is_kept_beside_what_was_measured() -> None:
+    reads, _, files = reader()
+    files.estimates_mb["a"] = 85.0
+    wanted = spec()
+    assert reads.size_mb(wanted) == 85.0
+    reads.read(wanted, "cpu")
+    measured = Measurement(*wanted.version, "cpu", 85.0, 90.0, LINES)
+    assert reads.measured(wanted) == measured
+    assert reads.size_mb(wanted) == 90.0 + 5.0 + 32.0
+    # Another load of the version, which nobody has estimated again.
+    reads.forget("a")
+    reads.restore("a", (measured,))
+    reads.read(wanted, "cpu")
+    assert reads.measured(wanted) == measured
