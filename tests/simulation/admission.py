@@ -19,7 +19,7 @@ from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
 
 EPSILON_MB = 1e-6
-STAY_S = 1.0
+STAY_S = 0.1
 """So long stays at least what was loaded and is used, and as long as its load took."""
 PATIENCE_S = 1.0
 """So long a request waits for what is in use, unless half of its time is over before."""

@@ -2,8 +2,9 @@
 
 Where more is asked for than fits, models take turns. Each turn is for all that came for it meanwhile, not for
 one request: an instance that has begun to answer stays for as long as its load took, so that at most half of
-the time of a place goes into loading, and for `STAY_S` at least, so that quick loads are no reason to swap
-many times a second. Those that waited for the load are answered first in any case.
+the time of a place goes into loading, and for `STAY_S` at least, so that the quickest loads are no reason
+to swap for each request. Longer would be worse for all: what is spared for having been loaded just now takes
+the place of what was used after it. Those that waited for the load are answered first in any case.
 
 Pure: no torch, no threads, no clock.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from math import inf
 
-STAY_S = 1.0
+STAY_S = 0.1
 """The shortest stay of a model that was loaded and has begun to answer, in seconds."""
 
 

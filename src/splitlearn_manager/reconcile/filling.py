@@ -31,7 +31,7 @@ PATIENCE_S = 1.0
 """How long a request waits for one of the models in use to be idle by itself, in seconds.
 
 A model that is not used all the time is idle within that; one that is loses a second's worth of requests to
-the wait for its return, as much as it is left for at least (`core.residency.STAY_S`).
+the wait for its return.
 """
 
 

@@ -8,6 +8,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _HUGE_PAGE = 2 * 2**20
 _PAGE = 4096
@@ -31,14 +37,24 @@ def prefer_huge_pages(address: int, size: int) -> None:
         advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
 
 
-def give_back(device: str) -> None:
+def give_back(device: str, is_freed: Callable[[], bool] = lambda: False) -> None:
     """After a model is dropped: collect garbage, empty torch's cache of GPU memory, trim the heap.
 
     Args:
         device: where the model was: cpu, cuda:0, mps.
+        is_freed: whether all of the model is gone already. Then no garbage is looked for: that stops all
+            threads for as long as it takes to look at every object of the process.
     """
-    gc.collect()
+    if not is_freed():
+        gc.collect()
     empty_caches(device)
+
+
+def watch_module(module: nn.Module) -> Callable[[], bool]:
+    """A function that tells later whether all parts and weights of a module are gone, and keeps none."""
+    parts = (*module.modules(), *module.parameters(), *module.buffers())
+    watched = [weakref.ref(part) for part in parts]
+    return lambda: all(part() is None for part in watched)
 
 
 def empty_caches(device: str) -> None:

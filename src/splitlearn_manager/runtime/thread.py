@@ -13,7 +13,7 @@ from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import ModelUnavailable
 from splitlearn_manager.runtime.activations import measure_activations
 from splitlearn_manager.runtime.base import Activations, LoadedModel, Loader
-from splitlearn_manager.runtime.system_memory import give_back, trim_heap
+from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
 from splitlearn_manager.runtime.warmup import warm_up
 
 
@@ -130,6 +130,7 @@ class RunningInThreads:
         if function is None:
             return
         function.teardown()
+        is_freed = watch_module(function.model)
         del function
         self._release()
-        give_back(self._device)
+        give_back(self._device, is_freed)

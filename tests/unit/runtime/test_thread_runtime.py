@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -164,3 +165,38 @@ def test_a_failed_load_leaves_nothing_although_the_error_is_kept(tmp_path: Path)
         ThreadRuntime(ModelLoader()).start(model_config("net:Net").with_base_dir(tmp_path), "cpu")
     after = sum(type(o).__name__ == "Net" for o in gc.get_objects())
     assert after == before
+
+
+def collections_of(work: Callable[[], None]) -> int:
+    """How often a whole look for garbage was begun meanwhile."""
+    begun: list[object] = []
+
+    def told(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and info["generation"] == 2:
+            begun.append(info)
+
+    gc.callbacks.append(told)
+    try:
+        work()
+    finally:
+        gc.callbacks.remove(told)
+    return len(begun)
+
+
+def test_closing_stops_nobody_to_look_for_garbage(tmp_path: Path) -> None:
+    save_mlp(tmp_path / "m.pt")
+    running = start(tmp_path / "m.pt")
+    assert collections_of(running.close) == 0
+
+
+def test_a_model_that_refers_to_itself_is_freed_at_once(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text(
+        "import torch\n\nclass Net(torch.nn.Linear):\n    def __init__(self):\n"
+        "        super().__init__(4, 4)\n        self.__dict__['itself'] = self\n"
+    )
+    loader = Remembering()
+    running = ThreadRuntime(loader).start(model_config("net:Net").with_base_dir(tmp_path), "cpu")
+    gc.collect()
+    assert loader.alive
+    assert collections_of(running.close) == 1
+    assert loader.alive == 0

@@ -6,8 +6,8 @@
     TorchScript           its source is searched first (torchscript)
     torch.export          a program: only with `trusted: true`
 
-With `trusted: true` a file is unpickled as torch.save wrote it, whatever code that runs. All reading is into
-memory of our own; nothing is mapped.
+With `trusted: true` a file that has more than that is unpickled as torch.save wrote it, whatever code that
+runs (trusted_archive). All reading is into memory of our own; nothing is mapped.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from splitlearn_manager.core.loaders.slots import Destination
 from splitlearn_manager.core.loaders.state_dict import fill, needs_factory, unwrap
 from splitlearn_manager.core.loaders.torch_archive import TorchArchive
 from splitlearn_manager.core.loaders.torchscript import load_torchscript
+from splitlearn_manager.core.loaders.trusted_archive import can_unpickle, unpickle
 from splitlearn_manager.core.loaders.user_code import Built, FactoryCall
 from splitlearn_manager.errors import InvalidModel, UntrustedCheckpoint
 from splitlearn_manager.runtime.base import nothing_to_release
@@ -85,9 +86,10 @@ def _from_safetensors(file: PytorchFile) -> Built:
 
 def _from_torch_save(file: PytorchFile, kind: FileFormat) -> Built:
     if kind is FileFormat.TORCH_ZIP:
-        if not file.trusted and _names_layers(file.path):
-            return _whole(_read_module(file))
-        if (built := _from_archive(file)) is not None:
+        if _names_layers(file):
+            if (module := _read_module(file)) is not None:
+                return _whole(module)
+        elif (built := _from_archive(file)) is not None:
             return built
     elif kind is FileFormat.TORCH_TAR and not file.trusted:
         raise _refusal(file.path, ("it is of a format that only plain unpickling can read",))
@@ -119,29 +121,37 @@ def _read_by_torch(file: PytorchFile, found: list[object]) -> dict[str, StoredTe
     return {name: in_memory(tensor) for name, tensor in unwrap(file.path, loaded).items()}
 
 
-def _names_layers(path: Path) -> bool:
+def _names_layers(file: PytorchFile) -> bool:
     """Whether the file's pickle names more than tensors: then it is a module, or something refused."""
+    path = file.path
     try:
         return bool(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except pickle.UnpicklingError as error:
+        if file.trusted:
+            return True
         raise _refusal(path, (f"its pickle cannot be checked: {first_line(error)}",)) from error
     except (RuntimeError, ValueError, EOFError, OSError) as error:
         raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
 
 
-def _read_module(file: PytorchFile) -> nn.Module:
+def _read_module(file: PytorchFile) -> nn.Module | None:
+    """The module, if it is made of torch's own layers; None if it is not and may be unpickled."""
     path = file.path
     try:
         return read_module(path, file.destination)
     except RefusedGlobals as error:
+        if file.trusted:
+            return None
         raise _refusal(path, error.names) from error
     except MalformedPickle as error:
+        if file.trusted:
+            return None
         raise InvalidModel(f"{path.name} is no module that can be rebuilt: {error}") from error
 
 
 def _unpickle(path: Path, *, weights_only: bool) -> object:
     try:
-        loaded: object = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=False)
+        return _unpickled(path, weights_only)
     except pickle.UnpicklingError as error:
         if weights_only:
             raise _refusal(path, (refused_global(error),)) from error
@@ -152,6 +162,14 @@ def _unpickle(path: Path, *, weights_only: bool) -> object:
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
+
+
+def _unpickled(path: Path, weights_only: bool) -> object:
+    if not weights_only and detect(path) is FileFormat.TORCH_ZIP:
+        with TorchArchive(path) as archive:
+            if can_unpickle(archive):
+                return unpickle(archive)
+    loaded: object = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=False)
     return loaded
 
 

@@ -2,17 +2,20 @@
 
 torch.save writes zip archives whose members are not compressed, one for each storage. So a storage's bytes
 lie in one piece in the file, and are read from there into the place where they will stay. torch's own reader
-does not compare checksums; this one does, while the bytes pass by.
+does not compare checksums; this one does, while the bytes pass by, and once for a file that stays as it is.
 
 Which tensors a state dict has is read by `config.archive_pickle`, which runs nothing.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
+import threading
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -48,9 +51,47 @@ STORAGE_DTYPES: Mapping[str, torch.dtype] = {
 }
 """What the class of a storage is called in a pickle, without the ending `Storage`."""
 
+_MOST_REMEMBERED = 4096
+"""Files whose checked members are remembered."""
+
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENCRYPTED = 0x1
 _UTF_8 = 0x800
+
+
+class CheckedMembers:
+    """Members whose checksums were right, by the file as it was; safe to use from several threads.
+
+    A file that was read before is read again when its model comes back. As long as nobody has changed it
+    (device, inode, size, times of the last change), what was right is right, and need not cost as much as
+    the reading itself.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._members: OrderedDict[tuple[int, ...], set[str]] = OrderedDict()
+
+    def has(self, file: tuple[int, ...], name: str) -> bool:
+        """Whether the member's checksum was right in just this file."""
+        with self._lock:
+            return name in self._members.get(file, ())
+
+    def add(self, file: tuple[int, ...], name: str) -> None:
+        """The member's checksum is right."""
+        with self._lock:
+            self._members.setdefault(file, set()).add(name)
+            self._members.move_to_end(file)
+            if len(self._members) > _MOST_REMEMBERED:
+                self._members.popitem(last=False)
+
+
+CHECKED = CheckedMembers()
+"""One for the process, for all archives."""
+
+
+def _identity(descriptor: int) -> tuple[int, ...]:
+    stat = os.fstat(descriptor)
+    return (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 class TorchArchive:
@@ -63,6 +104,7 @@ class TorchArchive:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = path.open("rb")
+        self._identity = _identity(self._file.fileno())
         try:
             self._zip = zipfile.ZipFile(self._file)
         except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
@@ -191,7 +233,7 @@ class Member:
         )
         self._checked_to = 0
         self._checksum = 0
-        self._intact = info.CRC == 0
+        self._intact = info.CRC == 0 or CHECKED.has(archive._identity, info.filename)
 
     def read(self, target: memoryview, start: int) -> None:
         """Fill `target` with the bytes from `start` on."""
@@ -218,6 +260,9 @@ class Member:
         if self._checksum != self._info.CRC:
             raise self._archive._damaged(f"{self._info.filename} has another checksum")
         self._intact = True
+        # What was changed under the reading was not read as the file that it is now.
+        if _identity(self._archive._file.fileno()) == self._archive._identity:
+            CHECKED.add(self._archive._identity, self._info.filename)
 
     def _read(self, target: memoryview, start: int) -> None:
         file = self._archive._file
