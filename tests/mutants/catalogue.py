@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mutants import of_acting, of_desired_state, of_the_loop
+from mutants import of_acting, of_desired_state, of_memory, of_the_loop
 from mutants.mutant import Mutant
 from simulation.seeds import run_seed
 
 MUTANTS: dict[str, Mutant] = {
     mutant.name: mutant
-    for module in (of_desired_state, of_acting, of_the_loop)
+    for module in (of_desired_state, of_acting, of_memory, of_the_loop)
     for mutant in module.MUTANTS
 }
 

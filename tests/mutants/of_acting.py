@@ -65,7 +65,7 @@ def _as_if(**changes: Any) -> Any:
     """Residents of whom something that keeps them is not known."""
 
     def make(real: Any) -> Any:
-        def residents(views: Any, newcomer: Owner) -> Any:
+        def residents(views: Any, *rest: Any) -> Any:
             seen = [dataclasses.replace(v, **changes.get("view", {})) for v in views]
             if changes.get("unpinned"):
                 seen = [
@@ -77,7 +77,7 @@ def _as_if(**changes: Any) -> Any:
                     )
                     for v in seen
                 ]
-            return real(seen, newcomer)
+            return real(seen, *rest)
 
         return residents
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from mutants import of_acting, of_desired_state, of_the_loop
+from mutants import of_acting, of_desired_state, of_memory, of_the_loop
 from mutants.catalogue import MUTANTS, catch
 from mutants.mutant import Mutant
 
@@ -15,6 +15,7 @@ QUICK = (
     "a truncated YAML counts, because it validates",
     "requests are routed to what still loads",
     "terminal failures are retried",
+    "requests are kept from a busy model at once",
 )
 
 
@@ -38,7 +39,7 @@ def test_the_simulation_finds_it(name: str) -> None:
 
 
 def test_every_module_is_in_the_catalogue_and_has_one_that_is_quickly_found() -> None:
-    modules = (of_acting, of_desired_state, of_the_loop)
+    modules = (of_acting, of_desired_state, of_memory, of_the_loop)
     assert len(MUTANTS) == sum(len(module.MUTANTS) for module in modules) >= 30
     for module in modules:
         assert any(mutant.name in QUICK for mutant in module.MUTANTS)

@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 from simulation.machine import Broken
+from simulation.pressure import limits_mb, missing_mb
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.reconcile.actions import Action, Mode, Observed, Plan, Verb, Wanted
@@ -62,7 +63,7 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
     for load in sorted(loads, key=lambda a: _turn(wanted, observed, a)):
         victims = _victims_for(load, made)
         taken = {k: where for k, where in _taken(observed, made).items() if k not in going}
-        room = Room({**taken, **promised}, ledger.budgets_mb, ledger.max_models)
+        room = Room({**taken, **promised}, limits_mb(ledger), ledger.max_models)
         if victims:
             newcomer = _newcomer(load, wanted, observed)
             stay = _Staying(
@@ -96,8 +97,9 @@ def check_updates(wanted: Mapping[str, Wanted], observed: Observed, made: Plan) 
             for a in made.actions
             if a.verb in (Verb.UPDATE, Verb.LOAD) and a is not update
         }
-        room = Room({**_taken(observed, made), **others}, ledger.budgets_mb, ledger.max_models)
-        if any(room.fits(device, update.mb, ()) for device in wanted[model_id].devices):
+        room = Room({**_taken(observed, made), **others}, limits_mb(ledger), ledger.max_models)
+        devices = [d for d in wanted[model_id].devices if d not in missing_mb(ledger)]
+        if any(room.fits(device, update.mb, ()) for device in devices):
             raise Broken("I11", f"{model_id} is recreated, and its new version fits beside the old")
 
 

@@ -17,6 +17,7 @@ from simulation.admission import check_evictions, check_updates
 from simulation.machine import Broken
 from simulation.models import fingerprint_now, weights_now
 from simulation.node import Node
+from simulation.pressure import check_pressure, check_promise
 from simulation.retries import Retries
 from simulation.sizes import Sizes
 from simulation.words import action_words, plan_words
@@ -183,9 +184,10 @@ class Checks:
             if (why_not := self.sizes.why_not(instance, _reserved_mb(node, instance))) is not None:
                 node.machine.violated("I10", why_not)
             self._is_declared(node, model_id)
+            check_promise(node, instance)
             self._weights_stood_still(node, instance)
         elif event.kind is EventKind.LOADED:
-            if of_directory:
+            if of_directory and model_id in self._episode.oracle.managed:
                 self.sizes.loaded(instance)
             self._loaded(node, instance)
         elif event.kind is EventKind.LOAD_FAILED:
@@ -270,6 +272,7 @@ class Checks:
             if turn.executed or planned.made.held:
                 check_evictions(planned.wanted, planned.observed, planned.made)
                 check_updates(planned.wanted, planned.observed, planned.made)
+            check_pressure(planned.wanted, planned.observed, planned.made)
             if turn.executed or self._rng.random() < 0.05:
                 self._same_in_any_order(planned)
 

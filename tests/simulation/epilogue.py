@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from simulation.admission import Room
 from simulation.machine import Broken
-from simulation.models import Files, Resources
+from simulation.models import Files, Resources, activations_of, sizes_mb, weights_now
 from simulation.node import Node
+from simulation.pressure import limits_mb
 from simulation.script import FILES
 from simulation.texts import IDS, ROOT, some_doc, text_of
 from simulation.words import actions_words
@@ -110,10 +111,20 @@ def _could_be_brought_back(node: Node, model_id: str) -> bool:
         return False
     ledger = node.manager._instances._ledger
     taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
-    room = Room(taken, ledger.budgets_mb, ledger.max_models)
+    room = Room(taken, limits_mb(ledger), ledger.max_models)
     desired = node.last.desired.models
     may_go = {i.key for i in node.instances if _may_go(i, desired.get(i.model_id), model)}
+    if _turns_out_mb(node, model) > wanted.mb:
+        return False  # the load finds that out, and fails if no more than the estimate was free
     return any(room.fits(device, wanted.mb, may_go) for device in wanted.devices)
+
+
+def _turns_out_mb(node: Node, model: DesiredModel) -> float:
+    """What a load will measure, whatever was estimated."""
+    data = weights_now(node.machine, model.config) or b""
+    sizes, activations = sizes_mb(data), activations_of(data)
+    forward_mb = activations.mb(model.config.batch_size) if activations is not None else 0.0
+    return sizes[1] + forward_mb if sizes is not None else 0.0
 
 
 def _may_go(instance: Any, declared: DesiredModel | None, newcomer: DesiredModel) -> bool:

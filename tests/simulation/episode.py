@@ -336,6 +336,7 @@ class Episode:
                 self.settings,
                 booted_at=self._booted_at,
                 life=self.lives,
+                reads_devices=self.script.reads_devices,
                 on_event=self._on_event,
                 on_change=self._on_change,
             )

@@ -181,11 +181,36 @@ class Running:
             raise RuntimeError("close failed")
 
 
+class Others:
+    """Who uses the devices beside the node.
+
+    Attributes:
+        mb: what they use of each.
+        since: when that was last another.
+        stalled: devices for whose memory processes stand still.
+    """
+
+    def __init__(self) -> None:
+        self.mb: dict[str, float] = {}
+        self.since: dict[str, float] = {}
+        self.stalled: set[str] = set()
+
+    def take(self, device: str, mb: float, at: float) -> None:
+        """From now on they use that much."""
+        self.mb[device], self.since[device] = mb, at
+
+    def go(self) -> None:
+        """They use nothing any more."""
+        self.mb.clear()
+        self.stalled.clear()
+
+
 class ModelLab:
     """The runtime of one process and the fates of its loads.
 
     Attributes:
         open: models in memory.
+        others: who uses the devices beside them.
         attempts: (model_id, at, version) of loads that have begun to run, oldest first.
         meanwhile: lets time pass in the middle of a load.
         on_rewrite: called when weights have become others in the middle of a load.
@@ -199,6 +224,7 @@ class ModelLab:
         self.threads_refused = 0
         self.closes_that_raise = 0
         self.close_takes_s = 0.02
+        self.others = Others()
         self.meanwhile: Callable[[float], None] = lambda seconds: None
         self.on_rewrite: Callable[[], None] = lambda: None
         self.on_measured: Callable[..., None] = lambda *measured: None
@@ -212,6 +238,7 @@ class ModelLab:
         self.fates.clear()
         self.threads_refused = self.closes_that_raise = 0
         self.close_takes_s = 0.02
+        self.others.go()
 
     def add_fates(self, model_id: str, fates: Fates) -> None:
         self.fates.setdefault(model_id, deque()).extend(fates.ahead)
@@ -219,6 +246,11 @@ class ModelLab:
     def take_fate(self, model_id: str) -> Fate:
         ahead = self.fates.get(model_id)
         return ahead.popleft() if ahead else Fate()
+
+    def used_mb(self, device: str) -> float:
+        """What is used of a device, by models and by others."""
+        models_mb = sum(running.memory_mb for running in self.open if running.device == device)
+        return models_mb + self.others.mb.get(device, 0.0)
 
     @property
     def loads_at_work(self) -> list[str]:
@@ -329,15 +361,34 @@ class Files(ModelFiles):
 
 
 class Resources(ResourceManager):
-    """Two devices, whose budgets are what server.yaml says, else fixed; nothing is measured."""
+    """Two devices, whose budgets are what server.yaml says, else fixed.
 
-    def __init__(self, budgets_mb: Mapping[str, float]) -> None:
+    Args:
+        totals_mb: what the devices have, if what is used of them can be read: by the models of the lab,
+            and by others.
+    """
+
+    def __init__(
+        self,
+        budgets_mb: Mapping[str, float],
+        totals_mb: Mapping[str, float] | None = None,
+        lab: ModelLab | None = None,
+    ) -> None:
         # Not the parent's: it would look for GPUs and read the processor's counters.
         self._default = dict(budgets_mb)
+        self.totals_mb = dict(totals_mb or {})
+        self._lab = lab
         self.configure(80, {})
 
     def budgets_mb(self) -> dict[str, float]:
         return {**self._default, **self._limits.quotas_mb()}
 
     def readings(self) -> dict[str, Reading]:
-        return {}
+        if self._lab is None:
+            return {}
+        used = self._lab.used_mb
+        others = self._lab.others
+        return {
+            device: Reading(total_mb, used(device), 30.0 if device in others.stalled else 0.0)
+            for device, total_mb in self.totals_mb.items()
+        }

@@ -85,6 +85,7 @@ class Node:
         *,
         booted_at: float,
         life: int,
+        reads_devices: bool,
         on_event: Callable[[ManagerEvent], None],
         on_change: Callable[[], None],
     ) -> None:
@@ -94,7 +95,8 @@ class Node:
         self.clock = NodeClock(machine, booted_at)
         self.executor = Executor(machine, lab)
         config = started_with(machine, settings)
-        self.resources = Resources(settings.budgets_mb)
+        reads = settings.totals_mb if reads_devices else None
+        self.resources = Resources(settings.budgets_mb, reads, lab if reads else None)
         self.manager = ModelManager(
             max_models=config.max_models,
             resources=self.resources,

@@ -13,6 +13,7 @@ from simulation.machine import Broken
 from simulation.models import weights_now
 from simulation.node import Node
 from simulation.oracle import meaning_of
+from simulation.pressure import check_others_are_gone, limits_mb
 from simulation.words import model_words, plan_words, spec_words
 from splitlearn_manager.config.model_source import fingerprint, resolve_source
 from splitlearn_manager.core.lifecycle import Owner, State
@@ -40,6 +41,7 @@ def check_rest(episode: Episode) -> None:
     for model_id in sorted({*episode.settings.ids, *desired.models}):
         _desired_as_declared(episode, desired, model_id)
     _nothing_leaked(node)
+    check_others_are_gone(node)
     for model_id, model in desired.models.items():
         _serves_as_desired(episode, node, model_id, model)
     for instance in node.instances:
@@ -161,7 +163,7 @@ def _the_old_one_would_serve(
         return
     ledger = node.manager._instances._ledger
     taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
-    room = Room(taken, ledger.budgets_mb, ledger.max_models)
+    room = Room(taken, limits_mb(ledger), ledger.max_models)
     if any(room.fits(device, mb, ()) for device in node.manager.devices_for(good.config)):
         raise Broken(
             "I11",
@@ -195,7 +197,7 @@ def _excuse(
         return FAILS
     ledger = node.manager._instances._ledger
     taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
-    room = Room(taken, ledger.budgets_mb, ledger.max_models)
+    room = Room(taken, limits_mb(ledger), ledger.max_models)
     if failed and serving is not None and model.config.update == "recreate":
         return "tried in the place of what serves, which would have to go for each further try"
     instead = set()

@@ -81,6 +81,11 @@ class Settings:
     guard_percent: float
 
     @property
+    def totals_mb(self) -> dict[str, float]:
+        """What the devices have: the budgets, what is to stay free of them, and a little more."""
+        return {device: mb + 64.0 + mb / 4 for device, mb in self.budgets_mb.items()}
+
+    @property
     def budgets_mb(self) -> dict[str, float]:
         return {"cpu": 2000.0, "cuda:0": 2000.0} if self.room else {"cpu": 100.0, "cuda:0": 60.0}
 
@@ -100,6 +105,11 @@ class Script:
     settings: Settings
     files: tuple[tuple[str, Text], ...]
     acts: tuple[Act, ...]
+
+    @property
+    def reads_devices(self) -> bool:
+        """Whether what others use of the devices can be read; it costs a fifth of the speed."""
+        return any(act.kind in ("others", "stall") for act in self.acts)
 
 
 class Deck:
@@ -216,6 +226,11 @@ def _server(deck: Deck) -> tuple[object, ...]:
 
 def _model_and_keep(deck: Deck) -> tuple[object, ...]:
     return deck.model_id(), deck.seconds(0.0, 0.1, 1.0, 10.0), deck.seconds(0.5, 5.0, 40.0)
+
+
+def _others(deck: Deck) -> tuple[object, ...]:
+    share = deck.rng.choice((0.2, 0.5, 0.8, 1.0))
+    return deck.rng.choice(("cpu", "cpu", "cuda:0")), share, deck.seconds(0.3, 3.0, 20.0, 100.0)
 
 
 def _crash(deck: Deck) -> tuple[object, ...]:
@@ -348,6 +363,22 @@ KINDS: dict[str, Kind] = {
     ),
     "close_raises": Kind(1, "the next close raises", _nothing, fault=True),
     "no_threads": Kind(1, "the next {0} threads cannot be started", lambda d: (1,), fault=True),
+    "turns": Kind(
+        3,
+        "requests for {0} in turn, {1} times, one each {2:g} s, that take {3:g} s",
+        lambda d: (
+            tuple(d.rng.sample(d.ids, min(len(d.ids), 3))),
+            d.rng.choice((2, 4)),
+            d.seconds(0.01, 0.03, 0.3),
+            d.seconds(0.0, 0.02, 0.5),
+        ),
+    ),
+    "others": Kind(6, "others take {1:.0%} of {0} for {2:g} s", _others),
+    "stall": Kind(
+        1,
+        "processes stand still for memory on {0} for {1:g} s",
+        lambda d: (d.rng.choice(("cpu", "cpu", "cuda:0")), d.seconds(3.0, 20.0)),
+    ),
     "crash": Kind(2, "kill -9; up again after {0:g} s, reboot: {1}", _crash, fault=True),
     "crash_at": Kind(
         4,

@@ -202,6 +202,11 @@ class World:
             outcome = request.ended or ("runs" if request.lease is not None else "waits")
             self._machine.tell("node", f"the request for {model_id} {outcome}")
 
+    def _turns(self, model_ids: tuple[str, ...], times: int, gap_s: float, hold_s: float) -> None:
+        for number in range(times * len(model_ids)):
+            model_id = model_ids[number % len(model_ids)]
+            self._machine.later(number * gap_s, partial(self._request, model_id, hold_s, 20.0))
+
     def _race(self, what: str, model_id: str) -> None:
         """Other threads do something after the loop has planned, and before it acts."""
         if what == "a request for each that goes":
@@ -325,6 +330,18 @@ class World:
 
     def _no_threads(self, count: int) -> None:
         self._episode.lab.threads_refused += count
+
+    def _others(self, device: str, share: float, for_s: float) -> None:
+        others, mb = self._episode.lab.others, share * self._episode.settings.totals_mb[device]
+        self._episode.checks.shared_causes += 3
+        others.take(device, mb, self._machine.t)
+        self._machine.later(for_s, lambda: others.take(device, 0.0, self._machine.t))
+
+    def _stall(self, device: str, for_s: float) -> None:
+        stalled = self._episode.lab.others.stalled
+        self._episode.checks.shared_causes += 3
+        stalled.add(device)
+        self._machine.later(for_s, lambda: stalled.discard(device))
 
     def _crash(self, down_s: float, reboot: bool) -> None:
         self._episode.restart_after = (down_s, reboot)
