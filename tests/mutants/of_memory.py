@@ -82,6 +82,16 @@ def _others_never_leave(real: Any) -> Any:
     return next_use
 
 
+def _no_more_than_in_the_end(real: Any) -> Any:
+    def forecast(*arguments: Any) -> Any:
+        return tuple(
+            dataclasses.replace(found, peak_mb=max(found.now_mb, found.after_mb))
+            for found in real(*arguments)
+        )
+
+    return forecast
+
+
 MUTANTS = (
     Mutant(
         "what was just loaded for a request goes for the next one",
@@ -135,6 +145,11 @@ MUTANTS = (
         "the most recently used goes first for others",
         "a second eviction path that sorts by itself, the wrong way round",
         lambda: [instead(room, "first_to_go", _most_recently_used)],
+    ),
+    Mutant(
+        "the peak of an update is not foretold",
+        "plans that add up the end state: it fits, and the way there does not",
+        lambda: [instead(plan, "forecast", _no_more_than_in_the_end)],
     ),
     Mutant(
         "others are looked at once",

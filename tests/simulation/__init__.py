@@ -33,7 +33,8 @@ Which property is checked when. A *look* is one of the node at the directory, a 
                       have not stood still (checks)
     I8   look         nothing goes without proof of its absence (oracle)
     I9   look         nor above the guard, unless just that was confirmed (oracle)
-    I10  step         nothing in memory without a reservation; transition: within limits (checks); load:
+    I10  step         nothing in memory without a reservation; transition: within limits (checks); turn and
+                      load: nothing is promised that others have (pressure); load:
                       reserves what loads of that version measured, in an earlier process too (sizes);
                       rest: all is returned (rest)
     I11  transition   under surge somebody serves (checks); turn: recreate only where surge does not fit
@@ -45,11 +46,11 @@ Which property is checked when. A *look* is one of the node at the directory, a 
     I15  rest         where the files leave no doubt, they alone decide (rest)
     I16  step         one operation an id, READY is what is routed to; transition: legal edges only (checks)
     I17  turn         what is executed is what was planned, in order (checks); epilogue: a dry run calls and
-                      writes nothing, and foretells what is done (epilogue)
+                      writes nothing, and foretells what is done, and the memory it takes (epilogue)
     I18  turn         Ready is said of the accepted generation (checks); load and rest: what serves was made
                       of the files as they are (checks, rest)
-    I19  turn         who goes might go, was next, and was needed (admission); eviction: idle and unpinned
-                      (checks); epilogue: use of what serves swaps nothing (epilogue)
+    I19  turn         who goes might go, was next, and was needed (admission; for others: pressure); eviction:
+                      idle and unpinned (checks); epilogue: use of what serves swaps nothing (epilogue)
     I20  step         no lease on what is closed (checks, node); close: no lease is left (models);
                       rest: every request has ended (episode)
 

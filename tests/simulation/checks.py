@@ -52,6 +52,8 @@ class Checks:
     """See the module's text. One for an episode; `new_process` after each start of the node.
 
     Attributes:
+        peak_mb, surprises: most MB reserved on each device, and loads that measured something else than
+            was reserved for them, since `watch_memory`.
         good: the spec of each declared model that served last, until it cannot be loaded itself.
         evicted: when a model was evicted, on the node's clock, unless it was loaded since.
         causes, shared_causes: what I12 allows actions for, by model and for all.
@@ -74,11 +76,18 @@ class Checks:
         self.surging: set[str] = set()
         self.last_used: dict[str, float] = {}
         self.last_count = 0
+        self.watch_memory()
+        self._promised_mb: dict[str, float] = {}
         self.planned: Planned | None = None
         self.evicted: dict[str, float] = {}
         self._least_settle_s = float("inf")
         self._began_known = self._episode.state_is_known
         self.sizes.new_process(state_is_known=self._began_known)
+
+    def watch_memory(self) -> None:
+        """From now on it is noted what is reserved at most, and whether a load measures something else."""
+        self.peak_mb = dict(self.last_used)
+        self.surprises = 0
 
     # After every step.
 
@@ -138,6 +147,8 @@ class Checks:
             message = f"{count} instances hold memory, max_models is {ledger.max_models}"
             node.machine.violated("I10", message)
         self.last_used, self.last_count = used, count
+        for device, mb in used.items():
+            self.peak_mb[device] = max(mb, self.peak_mb.get(device, 0.0))
 
     def transition(self, node: Node) -> None:
         """I16: only legal edges; I11: under surge somebody is READY throughout."""
@@ -181,12 +192,15 @@ class Checks:
             if why_not is not None:
                 node.machine.violated("I14", why_not)
             self.retries.begun(instance.spec)
+            self._promised_mb[event.key] = _reserved_mb(node, instance)
             if (why_not := self.sizes.why_not(instance, _reserved_mb(node, instance))) is not None:
                 node.machine.violated("I10", why_not)
             self._is_declared(node, model_id)
             check_promise(node, instance)
             self._weights_stood_still(node, instance)
         elif event.kind is EventKind.LOADED:
+            if self._promised_mb.get(event.key) != _reserved_mb(node, instance):
+                self.surprises += 1
             if of_directory and model_id in self._episode.oracle.managed:
                 self.sizes.loaded(instance)
             self._loaded(node, instance)

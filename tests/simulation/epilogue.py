@@ -183,12 +183,37 @@ def _dry_run_of_a_change(episode: Episode, node: Node, rng: Random) -> None:
         episode.machine.fast_forward()
     made = dry_run(episode, node)
     foretold = [_essence(action) for action in made.actions]
+    episode.checks.watch_memory()
+    before = len(episode.done)
     plans = episode.plans_during(4 * node.source.settle_s)
     if any(w.until_s is not None and w.until_s <= node.clock.now() for w in made.waiting):
         return  # a time that it waits for has come meanwhile, which is another plan
     done = [_essence(action) for action in plans[0].actions] if plans else []
     if foretold != done:
         raise Broken("I17", f"foretold were {_told(foretold)}, planned was {_told(done)}")
+    _memory_went_as_foretold(episode, node, made, before)
+
+
+def _memory_went_as_foretold(episode: Episode, node: Node, made: Plan, before: int) -> None:
+    """I17: the peaks and the ends that were printed, and those that came, are the same.
+
+    Where loads measure what was reserved for them: what nobody can know beforehand is not foretold. And
+    where nothing else is done than what was foretold.
+    """
+    checks = episode.checks
+    episode.come_to_rest()
+    done = [(verb, model_id) for verb, model_id, *_ in episode.done[before:]]
+    if done != [(a.verb, a.model_id) for a in made.actions] or checks.surprises:
+        return
+    for foretold in made.forecast:
+        device = foretold.device
+        came = (checks.peak_mb.get(device, 0.0), checks.last_used.get(device, 0.0))
+        if max(abs(foretold.peak_mb - came[0]), abs(foretold.after_mb - came[1])) > 1e-6:
+            message = (
+                f"on {device} {foretold.peak_mb:g} MB were foretold at most, then {foretold.after_mb:g}, "
+                f"and there were {came[0]:g}, then {came[1]:g}"
+            )
+            raise Broken("I17", message)
 
 
 def _told(essences: list[tuple[object, ...]]) -> str:

@@ -1,46 +1,79 @@
-"""How much memory a list of actions will take on the way: a pure function."""
+"""How much memory a list of actions will take on the way: a pure function.
+
+What nobody can know beforehand is how long each piece of work takes. The figures are those of a run in which
+all loads take the same time, and memory comes back a little after that: later than the next load begins,
+but within its time. So beside a load there are the old versions of the updates that are under way, and
+of those that have just ended.
+"""
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.reconcile.actions import Action, DeviceForecast, Mode, Verb
 
+_COMES_BACK = 0.5
+"""When memory is back that is given up, in times of a load; any part of one gives the same figures."""
+
 
 def forecast(
     ledger: Ledger, actions: Sequence[Action], max_parallel_loads: int
 ) -> tuple[DeviceForecast, ...]:
-    """MB on each device as the actions go by.
+    """MB on each device as the actions go by, in order.
 
-    Room that an update by surge or an unload gives back is counted back late, after as many further
-    loads as may run beside it: the peak is what can be reached, not what is hoped for.
+    Args:
+        max_parallel_loads: at least 1.
     """
-    used = {device: ledger.used_mb(device) for device in ledger.budgets_mb}
-    now, peak = dict(used), dict(used)
-    held: list[tuple[str, float]] = []
-
-    def settle(keep: int) -> None:
-        while len(held) > keep:
-            device, mb = held.pop(0)
-            used[device] = used.get(device, 0.0) - mb
-
-    for action in actions:
-        old = ledger.reservations.get(action.key) if action.key else None
-        if action.mode is Mode.RECREATE and old is not None:
-            used[old.device] = used.get(old.device, 0.0) - old.mb
-            old = None
-        if action.verb is Verb.ADJUST and old is not None:
-            used[old.device] = used.get(old.device, 0.0) + action.mb - old.mb
-            peak[old.device] = max(peak.get(old.device, 0.0), used[old.device])
-        if action.verb in (Verb.LOAD, Verb.UPDATE):
-            settle(0 if action.after else max_parallel_loads - 1)
-            used[action.device] = used.get(action.device, 0.0) + action.mb
-            peak[action.device] = max(peak.get(action.device, 0.0), used[action.device])
-        if old is not None and action.verb is not Verb.ADJUST:
-            held.append((old.device, old.mb))
-    settle(0)
+    now = {device: ledger.used_mb(device) for device in ledger.budgets_mb}
+    used, peak = dict(now), dict(now)
+    for _, _, device, mb in sorted(_changes(ledger, actions, max_parallel_loads)):
+        used[device] = used.get(device, 0.0) + mb
+        peak[device] = max(peak.get(device, 0.0), used[device])
     return tuple(
         DeviceForecast(device, now[device], peak[device], used[device], ledger.budgets_mb[device])
         for device in sorted(ledger.budgets_mb)
     )
+
+
+def _changes(
+    ledger: Ledger, actions: Sequence[Action], max_parallel_loads: int
+) -> list[tuple[float, bool, str, float]]:
+    """(when, whether it is more, device, MB): at the same time what comes back comes first."""
+    changes: list[tuple[float, bool, str, float]] = []
+    turns = [0.0] * max_parallel_loads
+    back: dict[str, float] = {}
+
+    def change(at: float, device: str, mb: float) -> None:
+        changes.append((at, mb > 0, device, mb))
+
+    for action in _givers_first(actions):
+        old = ledger.reservations.get(action.key) if action.key else None
+        if action.verb is Verb.ADJUST:
+            if old is not None:
+                change(0.0, old.device, action.mb - old.mb)
+            continue
+        if not action.takes_turn:
+            back[action.model_id] = _COMES_BACK
+            if old is not None:
+                change(_COMES_BACK, old.device, -old.mb)
+            continue
+        freed = max((back.get(model_id, _COMES_BACK) for model_id in action.after), default=0.0)
+        begins = max(heapq.heappop(turns), freed)
+        if action.mode is Mode.RECREATE:
+            begins += _COMES_BACK
+            returns = begins
+        else:
+            returns = begins + 1 + _COMES_BACK
+        change(begins, action.device, action.mb)
+        if old is not None:
+            change(returns, old.device, -old.mb)
+            back[action.model_id] = returns
+        heapq.heappush(turns, begins + 1)
+    return changes
+
+
+def _givers_first(actions: Sequence[Action]) -> list[Action]:
+    """Those that give memory back do so whatever loads meanwhile; the order of the loads stays."""
+    return sorted(actions, key=lambda action: action.takes_turn)
