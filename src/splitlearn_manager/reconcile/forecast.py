@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from dataclasses import replace
 
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.reconcile.actions import Action, DeviceForecast, Mode, Verb
@@ -43,16 +44,18 @@ def _changes(
     """(when, whether it is more, device, MB): at the same time what comes back comes first."""
     changes: list[tuple[float, bool, str, float]] = []
     turns = [0.0] * max_parallel_loads
+    held = dict(ledger.reservations)
     back: dict[str, float] = {}
 
     def change(at: float, device: str, mb: float) -> None:
         changes.append((at, mb > 0, device, mb))
 
     for action in _givers_first(actions):
-        old = ledger.reservations.get(action.key) if action.key else None
+        old = held.get(action.key) if action.key else None
         if action.verb is Verb.ADJUST:
             if old is not None:
                 change(0.0, old.device, action.mb - old.mb)
+                held[old.key] = replace(old, mb=action.mb)
             continue
         if not action.takes_turn:
             back[action.model_id] = _COMES_BACK
