@@ -7,6 +7,7 @@
     │   ├── WeightsChanged                          the files changed while they were read
     │   ├── LoadTimeout                             load_timeout_s passed
     │   ├── WarmupFailed                            the model raised when it was tried
+    │   ├── WorkerDied                              the process that it was to run in, or ran in, has ended
     │   └── TerminalLoadError                       only a change of the file or the weights helps
     │       ├── InvalidModel                        the files are no model this loader can read
     │       ├── UntrustedCheckpoint                 loading would run code from the file
@@ -76,6 +77,10 @@ class LoadTimeout(LoadError):
 
 class WarmupFailed(LoadError):
     """The model raised, or gave no tensor, when it was run before serving."""
+
+
+class WorkerDied(LoadError):
+    """The worker process of the model has ended, while it loaded or while it served."""
 
 
 class TerminalLoadError(LoadError):

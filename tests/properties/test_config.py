@@ -223,7 +223,7 @@ CORRUPTIONS = {
     "endpoint": ["a/b", "7"],
     "weight": ["-1", ".nan", "'1'", "true"],
     "update": ["rolling", "null"],
-    "runtime": ["process", "fork"],
+    "runtime": ["fork", "container"],
     "trusted": ["1", "'yes'"],
     "optimize": ["compile", "3"],
     "optimize_tolerance": ["0.1", "-1"],

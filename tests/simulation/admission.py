@@ -104,10 +104,14 @@ def check_updates(wanted: Mapping[str, Wanted], observed: Observed, made: Plan) 
 
 
 def _taken(observed: Observed, made: Plan) -> dict[str, tuple[str, float]]:
-    """What is reserved by whom, larger batches that are let in before anything is loaded included."""
+    """What is reserved by whom, larger batches that are let in before anything is loaded included; smaller
+    ones count from the next plan on."""
     held = observed.snapshot.ledger.reservations
-    adjusted = {a.key: (a.device, a.mb) for a in made.actions if a.verb is Verb.ADJUST and a.key}
-    return {**{key: (r.device, r.mb) for key, r in held.items()}, **adjusted}
+    taken = {key: (r.device, r.mb) for key, r in held.items()}
+    for action in made.actions:
+        if action.verb is Verb.ADJUST and action.key:
+            taken[action.key] = (action.device, max(action.mb, taken[action.key][1]))
+    return taken
 
 
 def _as_wanted(view: InstanceView, wanted: Mapping[str, Wanted]) -> InstanceView:

@@ -132,6 +132,10 @@ class Directory:
 
     # The whole directory.
 
+    @property
+    def is_away(self) -> bool:
+        return self._there(AWAY)
+
     def move_away(self) -> None:
         if self._fs.exists(ROOT) and not self._there(AWAY):
             self._do(lambda: self._fs.rename(ROOT, AWAY))

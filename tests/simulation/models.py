@@ -163,6 +163,9 @@ class Running:
             self._lab.machine.violated("I20", f"{self.key} is used after it was closed")
         return self
 
+    def when_ended(self, tell: object) -> None:
+        pass
+
     def measure_activations(self) -> Activations | None:
         return activations_of(self.made_of)
 

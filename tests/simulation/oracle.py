@@ -70,6 +70,7 @@ class Oracle:
         self.may_mean: dict[str, History[bool]] = {}
         self._first_seen: dict[str, tuple[object, float]] = {}
         self._first_clean: dict[str, tuple[object, float]] = {}
+        self._absent_at_look: set[str] = set()
         self._first_look: float | None = None
 
     # History.
@@ -149,6 +150,7 @@ class Oracle:
         self.truth.begin_look(t)
         for model_id in {*self.managed, *self.may_mean}:
             self._see_meaning(model_id, t)
+        self._absent_at_look = {m for m, meant in self.may_mean.items() if not meant.value}
         for history in self.may_mean.values():
             history.before = None
             history.meet()  # absence is proven by looks: two that agree
@@ -270,6 +272,8 @@ class Oracle:
             model_id
             for model_id, known in self.managed.items()
             if not self.may_mean[model_id].value
+            # What leaves in the middle of a look may be later than what the look saw of it.
+            and model_id in self._absent_at_look
             and not known.suspended
             and not self._may_be_kept_by_a_broken_file(model_id)
         ]

@@ -106,7 +106,9 @@ def _may_go(view: InstanceView, wanted: Mapping[str, Wanted], observed: Observed
     known = wanted.get(view.model_id)
     if view.owner is not Owner.DIRECTORY or view.state is not State.READY or view.leases:
         return False
-    if view.spec.config.pinned or known is None or known.spec.config.pinned or known.suspended:
+    if view.spec.config.pinned:
+        return False
+    if known is not None and (known.spec.config.pinned or known.suspended):
         return False
     answers = view.model_id in observed.demands and not view.held
     loads = any(
@@ -125,8 +127,9 @@ def _check_order(
     """Those that would be missed less stay only where the rest of what would go is enough without them."""
 
     def value(view: InstanceView) -> tuple[int, float, str]:
-        known = wanted[view.model_id]
-        return (known.spec.config.priority, view.last_used_s, view.key)
+        known = wanted.get(view.model_id)
+        config = view.spec.config if known is None else known.spec.config
+        return (config.priority, view.last_used_s, view.key)
 
     needed: list[InstanceView] = []
     for view in sorted(may_go, key=value):

@@ -112,6 +112,10 @@ class World:
         self._machine.later(for_s, self.directory.move_back)
 
     def _root_anew(self, after_s: float, gap_s: float) -> None:
+        if self.directory.is_away:
+            # Between it and what comes back nobody could tell that another one had been there.
+            self._machine.tell("world", "it is away")
+            return
         held = self.directory.delete_root()
         self._machine.later(after_s, self.directory.make_root)
         for number, (name, data) in enumerate(sorted(held.items())):

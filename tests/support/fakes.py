@@ -74,6 +74,9 @@ class FakeRunning:
         assert not self.closed, "used after it was closed"
         return self
 
+    def when_ended(self, tell: object) -> None:
+        pass
+
     def measure_activations(self) -> Activations | None:
         return self.activations
 

@@ -26,7 +26,6 @@ class NotYet:
 
 
 MODEL_NOT_YET: Mapping[str, NotYet] = {
-    "runtime": NotYet(("auto", "thread"), "run a model in a process of its own"),
     "optimize": NotYet(("none",), "optimize models"),
     "optimize_tolerance": NotYet((1e-3,), "optimize models"),
     "max_queue_delay_ms": NotYet((0.0,), "join requests into batches"),

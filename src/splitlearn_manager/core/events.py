@@ -12,6 +12,7 @@ class EventKind(StrEnum):
     LOADING = "Loading"
     LOADED = "Loaded"
     LOAD_FAILED = "LoadFailed"
+    DIED = "Died"
     DRAIN_OVERDUE = "DrainOverdue"
     UNLOADED = "Unloaded"
     EVICTED = "Evicted"

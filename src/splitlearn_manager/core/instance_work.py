@@ -44,11 +44,13 @@ _UNLOADED: Mapping[str, str] = {
     "Replaced": "its new version serves",
     "Requested": "the Python API asked for it",
     "Shutdown": "the node stops",
+    "WorkerDied": "its worker process has ended; it is loaded again",
 }
 
 _CLOSE_AGAIN_S = 1.0
 _LEVELS: Mapping[EventKind, int] = {
     EventKind.LOAD_FAILED: logging.ERROR,
+    EventKind.DIED: logging.ERROR,
     EventKind.OUT_OF_MEMORY: logging.WARNING,
 }
 
@@ -166,6 +168,14 @@ class InstanceWork:
             self.report(EventKind.LOADED, instance, "Loaded", message)
             if old is not None:
                 self.close_if_drained(old)
+            running.when_ended(lambda error: self._died(instance, error))
+
+    def _died(self, instance: ManagedModel, error: SplitlearnError) -> None:
+        """What serves has ended by itself: it is given up, and loaded again as after any failure."""
+        if self._instances.died(instance, error):
+            self.report(EventKind.DIED, instance, error.reason, error.message)
+            self._instances.abandon(instance)
+            self.close_if_drained(instance)
 
     def _give_up(self, instance: ManagedModel) -> None:
         self._failed(

@@ -183,6 +183,25 @@ class Instances:
         self._on_change()
         return True
 
+    def died(self, instance: ManagedModel, error: SplitlearnError) -> bool:
+        """READY → FAILED: it has ended by itself. False if it does not serve any more.
+
+        It drains then: the requests inside it fail, and it is closed after them.
+        """
+        with self._lock:
+            if instance.state is not State.READY:
+                return False
+            instance.error = error
+            instance.unload_reason = error.reason
+            self._move(instance, State.FAILED)
+            instance.stop_leases()
+            if self._current.get(instance.model_id) is instance:
+                del self._current[instance.model_id]
+            self._note_outcome(instance.owner, instance.spec, error)
+            self._publish()
+        self._on_change()
+        return True
+
     def begin_unload(
         self,
         model_id: str,
@@ -392,6 +411,7 @@ class Instances:
                 errors=i.errors,
                 held=i.held,
                 draining_since_s=i.draining_since_s,
+                followed=i.key in self._successors,
             )
             for i in self._instances.values()
         )

@@ -7,6 +7,7 @@ larger than its own `max_memory_mb`. It starts no work of its own and holds no m
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,13 @@ class ModelReader:
     """See the module's text. Used from several threads, one a model.
 
     Args:
-        runtime: where models run; None for threads of this process, made with the first load.
+        runtime: where models run; None for what each config says, made with the first load.
         files: what is behind a model_path.
     """
 
     def __init__(self, runtime: Runtime | None, files: ModelFiles) -> None:
         self._runtime = runtime
+        self._lock = threading.Lock()
         self._files = files
         self._measured: dict[str, tuple[Measurement, ...]] = {}
         self._estimated_mb: dict[str, tuple[tuple[str, str], float | None]] = {}
@@ -79,7 +81,7 @@ class ModelReader:
         before = self._files.fingerprint(spec.config)
         if spec.weights and spec.weights != before:
             raise WeightsChanged(f"model {spec.model_id!r}: its files are still changing")
-        runtime = self._runtime or _thread_runtime()
+        runtime = self._runtime or self._default_runtime()
         running = runtime.start(spec.config, _torch_device(spec.config, device))
         try:
             read = ModelSpec(spec.config, spec.spec_hash, spec.load_hash, before, spec.generation)
@@ -91,6 +93,16 @@ class ModelReader:
             running.close()
             raise
         return read, running
+
+    def _default_runtime(self) -> Runtime:
+        # Imported with the first load, because it brings torch.
+        from splitlearn_manager.core.model_loader import ModelLoader
+        from splitlearn_manager.runtime.choice import ChosenRuntime
+
+        with self._lock:
+            if self._runtime is None:
+                self._runtime = ChosenRuntime(ModelLoader())
+            return self._runtime
 
     def _estimate_of(self, asked: ModelSpec, read: ModelSpec) -> float | None:
         """What was estimated for what has been read, in this load or an earlier one of the version."""
@@ -143,11 +155,3 @@ def over_own_limit(
 def _torch_device(config: ModelConfig, device: str) -> str:
     """Where torch puts it: Apple's GPU shares the CPU's memory, so it is reserved as `cpu`."""
     return "mps" if config.device == "mps" else device
-
-
-def _thread_runtime() -> Runtime:
-    # Imported with the first load, because it brings torch.
-    from splitlearn_manager.core.model_loader import ModelLoader
-    from splitlearn_manager.runtime.thread import ThreadRuntime
-
-    return ThreadRuntime(ModelLoader())

@@ -105,9 +105,13 @@ def next_turn_s(
 
 
 def _turns_end(instances: Sequence[InstanceView], now_s: float) -> list[float]:
-    """When the turns end of the loads that have one, on the manager's clock."""
-    ends = (v.loading_since_s + TURN_S for v in instances if v.state is State.LOADING)
-    return [at for at in ends if at > now_s]
+    """When the turns end of the loads that have one, on the manager's clock.
+
+    A version that is unloaded for its successor to be loaded in its place has the successor's turn.
+    """
+    begun = [v.loading_since_s for v in instances if v.state is State.LOADING]
+    begun += [v.draining_since_s or now_s for v in instances if v.followed]
+    return [at + TURN_S for at in begun if at + TURN_S > now_s]
 
 
 def _start(action: Action, manager: ModelManager, tell: Callable[[Told], None]) -> bool:

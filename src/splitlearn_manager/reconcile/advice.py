@@ -33,6 +33,8 @@ _FIX = {
     "OutOfMemory": "lower max_memory_percent or memory_quota_mb: the device had less than its budget",
     "HubUnreachable": "bring the network back, or cache the revision on this machine",
     "LoadTimeout": "raise load_timeout_s if the load is only slow; if its code hangs, correct that",
+    "WorkerDied": "read what it printed before, in the node's log (event=WorkerOutput); if the system "
+    "ended it for memory, give it more",
     "InsufficientMemory": "more memory for it: what it measured is reserved by the next try, which waits "
     "for that much room",
     "DeviceNotFound": "let `device` name one that this node has, or write `device: auto`",

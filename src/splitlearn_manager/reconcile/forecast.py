@@ -17,6 +17,9 @@ from splitlearn_manager.reconcile.actions import Action, DeviceForecast, Mode, V
 
 _COMES_BACK = 0.5
 """When memory is back that is given up, in times of a load; any part of one gives the same figures."""
+_ONE_AFTER_THE_OTHER = 1e-6
+"""What happens at the same time happens in the order of the actions, each of which does all of its part."""
+_AFTER_A_LOAD_BEGINS = 1e-3
 
 
 def forecast(
@@ -29,7 +32,7 @@ def forecast(
     """
     now = {device: ledger.used_mb(device) for device in ledger.budgets_mb}
     used, peak = dict(now), dict(now)
-    for _, _, device, mb in sorted(_changes(ledger, actions, max_parallel_loads)):
+    for _, device, mb in sorted(_changes(ledger, actions, max_parallel_loads)):
         used[device] = used.get(device, 0.0) + mb
         peak[device] = max(peak.get(device, 0.0), used[device])
     return tuple(
@@ -40,17 +43,17 @@ def forecast(
 
 def _changes(
     ledger: Ledger, actions: Sequence[Action], max_parallel_loads: int
-) -> list[tuple[float, bool, str, float]]:
-    """(when, whether it is more, device, MB): at the same time what comes back comes first."""
-    changes: list[tuple[float, bool, str, float]] = []
+) -> list[tuple[float, str, float]]:
+    """(when, device, MB), in no order."""
+    changes: list[tuple[float, str, float]] = []
     turns = [0.0] * max_parallel_loads
     held = dict(ledger.reservations)
     back: dict[str, float] = {}
 
     def change(at: float, device: str, mb: float) -> None:
-        changes.append((at, mb > 0, device, mb))
+        changes.append((at + len(changes) * _ONE_AFTER_THE_OTHER, device, mb))
 
-    for action in _givers_first(actions):
+    for action in actions:
         old = held.get(action.key) if action.key else None
         if action.verb is Verb.ADJUST:
             if old is not None:
@@ -64,19 +67,15 @@ def _changes(
             continue
         freed = max((back.get(model_id, _COMES_BACK) for model_id in action.after), default=0.0)
         begins = max(heapq.heappop(turns), freed)
-        if action.mode is Mode.RECREATE:
-            begins += _COMES_BACK
-            returns = begins
-        else:
-            returns = begins + 1 + _COMES_BACK
-        change(begins, action.device, action.mb)
-        if old is not None:
+        recreates = action.mode is Mode.RECREATE
+        # Of an update that is ready when another load begins, the old version is still there.
+        returns = begins + _COMES_BACK + (0 if recreates else 1 + _AFTER_A_LOAD_BEGINS)
+        begins = returns if recreates else begins
+        if old is not None and recreates:
             change(returns, old.device, -old.mb)
-            back[action.model_id] = returns
+        change(begins, action.device, action.mb)
+        if old is not None and not recreates:
+            change(returns, old.device, -old.mb)
+        back[action.model_id] = returns
         heapq.heappush(turns, begins + 1)
     return changes
-
-
-def _givers_first(actions: Sequence[Action]) -> list[Action]:
-    """Those that give memory back do so whatever loads meanwhile; the order of the loads stays."""
-    return sorted(actions, key=lambda action: action.takes_turn)

@@ -337,6 +337,7 @@ class Reconciler:
             desired, snapshot, self._memory.revision, self.max_parallel_loads, self._demands
         )
         changed = self._standing is None or not self._standing.holds(basis, snapshot, began_s)
+        changed = changed or (look and self._wishes.asks_again)
         found = self._decide(basis, snapshot, recheck=look) if changed else self._unchanged(look)
         turn = self._summary(found, began_s, tick_s, looked=look, changed=changed)
         self._publish(found, turn, snapshot)

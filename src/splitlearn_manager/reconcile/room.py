@@ -85,7 +85,7 @@ class Room:
 
     def mark_freeing(self, keys: Iterable[str | None]) -> None:
         """From now on these are on their way out: nobody evicts them, their memory comes back."""
-        self._change(frozenset(keys), freeing=True, evictable=False)
+        self._change(frozenset(keys), freeing=True, evictable=False, busy=False)
 
     def value(self, key: str, priority: int, *, pinned: bool) -> None:
         """From now on that one has this priority, and stays if it is pinned.
@@ -97,8 +97,8 @@ class Room:
             self.keep(key, "pinned")
 
     def keep(self, key: str, holding: str) -> None:
-        """From now on that one stays, for the reason given."""
-        self._change(frozenset({key}), evictable=False, holding=holding)
+        """From now on that one stays, in use or not, for the reason given."""
+        self._change(frozenset({key}), evictable=False, busy=False, holding=holding)
 
     def _change(self, keys: frozenset[str | None], **changes: object) -> None:
         self._residents = [

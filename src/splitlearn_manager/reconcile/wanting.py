@@ -63,6 +63,11 @@ class Wishes:
             self._wanted = wanted
         return self._wanted
 
+    @property
+    def asks_again(self) -> bool:
+        """Whether something could not be found out, though the files were there a moment before."""
+        return bool(self._unmeasured)
+
     def fallbacks(
         self, served: Mapping[str, ModelSpec], wanted: Mapping[str, Wanted]
     ) -> dict[str, Wanted]:

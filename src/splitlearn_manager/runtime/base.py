@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from splitlearn_comm.core import ComputeFunction
     from splitlearn_manager.config.model_config import ModelConfig
+    from splitlearn_manager.errors import LoadError
 
 
 def nothing_to_release() -> None:
@@ -97,6 +98,13 @@ class RunningModel(Protocol):
 
         Raises nothing that the model raises. It is worth a call once a version, and not each time that it
         is loaded.
+        """
+        ...
+
+    def when_ended(self, tell: Callable[[LoadError], None]) -> None:
+        """Have `tell` called with why, once, if the model ends by itself; at once if it has.
+
+        Never called for a model that is closed, nor for one that runs in this process.
         """
         ...
 

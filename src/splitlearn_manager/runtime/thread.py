@@ -7,14 +7,19 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from splitlearn_comm.core import ComputeFunction, ModelComputeFunction
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.errors import ModelUnavailable
+from splitlearn_manager.errors import LoadError, ModelUnavailable
 from splitlearn_manager.runtime.activations import measure_activations
 from splitlearn_manager.runtime.base import Activations, LoadedModel, Loader
 from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
 from splitlearn_manager.runtime.warmup import warm_up
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 class ThreadRuntime:
@@ -103,12 +108,20 @@ class RunningInThreads:
         self.warmed = answered is not None
 
     @property
+    def module(self) -> nn.Module:
+        """The model itself, as its loader has made it. Raises ModelUnavailable after `close`."""
+        return self._open().model
+
+    @property
     def compute_function(self) -> ComputeFunction:
         """What answers requests.
 
         Raises:
             ModelUnavailable: after `close`.
         """
+        return self._open()
+
+    def _open(self) -> ModelComputeFunction:
         if self._function is None:
             raise ModelUnavailable("the model has been unloaded")
         return self._function
@@ -123,6 +136,9 @@ class RunningInThreads:
         found = measure_activations(self._function, self._config, self._answered)
         trim_heap()
         return found
+
+    def when_ended(self, tell: Callable[[LoadError], None]) -> None:
+        """It ends with this process only."""
 
     def close(self) -> None:
         """Drop the model and give its memory back; a second call does nothing."""

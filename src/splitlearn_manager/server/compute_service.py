@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from time import monotonic
 
 from splitlearn_comm.core.codec import TensorCodec
+from splitlearn_comm.core.deadlines import working_for
 from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
 from splitlearn_comm.server.backend import Health, Opened, ServiceInfo
 from splitlearn_manager.core.lease import Lease
@@ -102,7 +103,8 @@ class ManagedBackend:
             if running is None:
                 raise NotReady(f"model {lease.instance.model_id!r} is being unloaded")
             try:
-                yield Opened(lease.instance.model_id, running.compute_function, self._codec)
+                with working_for(remaining_s):
+                    yield Opened(lease.instance.model_id, running.compute_function, self._codec)
             except OutOfMemory as error:
                 self._manager.ran_out_of_memory(lease.instance, error.batch)
                 raise

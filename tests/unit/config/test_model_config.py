@@ -206,7 +206,6 @@ def test_unknown_key_is_refused_with_what_was_probably_meant(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("runtime", "process"),
         ("optimize", "compile"),
         ("optimize", "auto"),
         ("optimize_tolerance", 1e-2),

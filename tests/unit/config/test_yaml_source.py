@@ -95,7 +95,7 @@ def test_problem_has_the_documented_shape() -> None:
         (model("config: {kwargs: {a: [1, 2001-01-01]}}"), "3:26  config.kwargs.a[1]: expected t"),
         (model("device:\n\n# c\nwarmup: true"), "3:1  device: expected text, got nothing"),
         (model("device: ~"), "3:9  device: expected text, got nothing"),
-        (model("runtime: process"), "3:10  runtime: this version cannot run a model in a proc"),
+        (model("optimize: compile"), "3:11  optimize: this version cannot optimize models"),
         (model("model_type: custom"), "2:13  model_path: expected package.module:factory"),
         (
             "model_id: 2024-01-01\nmodel_path: m\n",

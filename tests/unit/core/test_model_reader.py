@@ -17,6 +17,9 @@ class Measured(FakeRunning):
 
     measured = 0
 
+    def when_ended(self, tell: object) -> None:
+        pass
+
     def measure_activations(self) -> Activations | None:
         self.measured += 1
         return LINES

@@ -19,7 +19,8 @@ import sys
 import threading
 import weakref
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import nn
@@ -34,6 +35,8 @@ _MOST_COMPARED = 4
 """Parameters that begin alike and differ later are rare, but for those that are all zeros or ones."""
 
 _Form = tuple[torch.dtype, tuple[int, ...]]
+Elsewhere = Callable[[torch.dtype, tuple[int, ...], int], Iterable[torch.Tensor]]
+"""Parameters that are not of this process, by dtype, shape and checksum of the first elements."""
 _References = dict[int, list["weakref.ref[nn.Parameter]"]]
 """By the checksum of the first elements."""
 
@@ -44,12 +47,17 @@ class ResidentParameters:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._known: dict[_Form, _References] = {}
+        self._elsewhere: Elsewhere | None = None
+
+    def ask_also(self, elsewhere: Elsewhere) -> None:
+        """From now on loads are offered parameters of other processes, too."""
+        self._elsewhere = elsewhere
 
     def add(self, module: nn.Module) -> None:
         """From now on others may share what parameters of this module lie on the CPU."""
         if not never_writes(module):
             return
-        found = [(p, _checksum(_first(p))) for p in module.parameters() if _can_be_shared(p)]
+        found = [(p, looks_of(p)) for p in module.parameters() if can_be_shared(p)]
         with self._lock:
             self._known = _without_the_dead(self._known)
             for parameter, checksum in found:
@@ -71,10 +79,11 @@ class ResidentParameters:
         if stored.stride is not None or stored.numel * dtype.itemsize < MIN_BYTES:
             return None
         form = (dtype, stored.shape)
-        if form not in self._known:
+        if form not in self._known and self._elsewhere is None:
             return None
         checksum = _checksum(read_first(stored, _GLANCE_ELEMENTS, dtype, via))
-        for resident in self._alike(form, checksum):
+        others = self._elsewhere(*form, checksum) if self._elsewhere is not None else ()
+        for resident in chain(self._alike(form, checksum), others):
             if holds(resident, stored, via):
                 return resident
         return None
@@ -142,7 +151,8 @@ def _has_extras(part: nn.Module) -> bool:
     return hooks or "forward" in own
 
 
-def _can_be_shared(parameter: nn.Parameter) -> bool:
+def can_be_shared(parameter: nn.Parameter) -> bool:
+    """Whether a parameter lies on the CPU, in memory that is its own alone, and is worth it."""
     return (
         type(parameter) is nn.Parameter
         and parameter.device.type == "cpu"
@@ -162,8 +172,9 @@ def _without_the_dead(known: dict[_Form, _References]) -> dict[_Form, _Reference
     return kept
 
 
-def _first(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.detach().view(-1)[:_GLANCE_ELEMENTS]
+def looks_of(parameter: nn.Parameter) -> int:
+    """A checksum of how it begins."""
+    return _checksum(parameter.detach().view(-1)[:_GLANCE_ELEMENTS])
 
 
 def _checksum(values: torch.Tensor) -> int:

@@ -1,0 +1,240 @@
+"""Runs each model in a worker process of its own: what crashes there is one model, and nothing else.
+
+The node's threads call the worker as they would call the model, through shared memory. A worker that ends by
+itself fails the requests inside it, and its instance; a model that hangs is ended where a request's deadline
+has long passed. Unloading ends the process, so its memory is back at once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import pickle
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
+
+import torch
+
+from splitlearn_comm.core.compute_function import ComputeFunction, KeyValues
+from splitlearn_comm.core.deadlines import deadline_s
+from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.errors import LoadError, LoadTimeout, ModelUnavailable, WorkerDied
+from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.channel import Closed, Message
+from splitlearn_manager.runtime.lent_weights import LentWeights
+from splitlearn_manager.runtime.worker_errors import raised_in
+from splitlearn_manager.runtime.workers import Worker, WorkerStarter
+
+_GIVEN_UP_AFTER_S = 1.0
+"""So long after load_timeout_s the worker of a load is ended: the manager has given it up by then."""
+
+_HANGS_AFTER_S = 1.0
+_HANGS_AFTER_TIMES = 5.0
+"""A forward hangs that takes so much longer than its caller waits: at least so many seconds, and so many
+times what the longest one has taken that was answered."""
+
+
+class ProcessRuntime:
+    """Starts models in processes of their own."""
+
+    def __init__(self, starter: WorkerStarter | None = None) -> None:
+        self._starter = starter or WorkerStarter()
+        self._lent = LentWeights()
+        self._serial = itertools.count(1)
+
+    def start(self, config: ModelConfig, device: str) -> RunningInProcess:
+        """Load the model on `device` in a new worker, and warm it up there.
+
+        Raises:
+            LoadError: or one of its subclasses, as in a thread; WorkerDied if the process ended meanwhile,
+                LoadTimeout if it had to be ended. Nothing of the model is left.
+        """
+        number = next(self._serial)
+        imports = ("transformers",) if config.model_type == "huggingface" else ()
+        worker = self._starter.start(config.model_id, imports)
+        try:
+            with self._lent.offer() as (lenders, descriptors):
+                answer, kept = _load(worker, config, device, lenders, descriptors)
+                self._lent.loaded(number, answer, kept)
+        except BaseException:
+            worker.close()
+            self._lent.gone(number)
+            raise
+        notes = (*answer["notes"], self._note(worker))
+        return RunningInProcess(worker, config, answer, notes, lambda: self._lent.gone(number))
+
+    def _note(self, worker: Worker) -> str:
+        how = "" if self._starter.forks else ", started anew because this system cannot fork it"
+        return f"runs in a process of its own, pid {worker.pid}{how}"
+
+
+def _load(
+    worker: Worker,
+    config: ModelConfig,
+    device: str,
+    lenders: Sequence[object],
+    descriptors: Sequence[int],
+) -> tuple[Message, list[int]]:
+    model_id = config.model_id
+    asked = pickle.dumps((config, device, torch.get_num_threads()))
+    try:
+        with worker.connection() as connection:
+            connection.call(
+                {"op": "load", "lenders": lenders},
+                (torch.frombuffer(bytearray(asked), dtype=torch.uint8),),
+                descriptors=descriptors,
+            )
+            answer, _, kept = connection.answer(config.load_timeout_s + _GIVEN_UP_AFTER_S)
+    except TimeoutError:
+        raise LoadTimeout(
+            f"model {model_id!r} was not loaded within load_timeout_s = {config.load_timeout_s:g} s; "
+            "its worker process has been ended"
+        ) from None
+    except Closed:
+        why = worker.why_ended() or "it has closed its connection"
+        raise WorkerDied(
+            f"model {model_id!r}: its worker process died while it loaded: {why}"
+        ) from None
+    if (error := answer.get("error")) is not None:
+        raise raised_in(model_id, error, loading=True)
+    return answer, kept
+
+
+class RunningInProcess:
+    """A model in a worker process, until `close`."""
+
+    def __init__(
+        self,
+        worker: Worker,
+        config: ModelConfig,
+        answer: Message,
+        notes: tuple[str, ...],
+        release: Callable[[], None],
+    ) -> None:
+        self._worker = worker
+        self._function = InWorker(worker, config.model_id)
+        self._model_id = config.model_id
+        self._release = release
+        self._lock = threading.Lock()
+        self._closed = False
+        self.memory_mb = float(answer["weights_mb"])
+        self.warmed = bool(answer["warmed"])
+        self.notes = notes
+
+    @property
+    def compute_function(self) -> ComputeFunction:
+        """What answers requests.
+
+        Raises:
+            ModelUnavailable: after `close`.
+        """
+        if self._closed:
+            raise ModelUnavailable("the model has been unloaded")
+        return self._function
+
+    def measure_activations(self) -> Activations | None:
+        """Have the worker run two forwards to measure what one takes beside the weights."""
+        lines = self._function.ask({"op": "activations"})[0]["lines"]
+        return None if lines is None else Activations(tuple((a, b) for a, b in lines))
+
+    def when_ended(self, tell: Callable[[LoadError], None]) -> None:
+        """Have `tell` called once if the worker ends by itself; at once if it has."""
+        model_id = self._model_id
+        self._worker.when_ended(
+            lambda why: tell(WorkerDied(f"model {model_id!r}: its worker process died: {why}"))
+        )
+
+    def close(self) -> None:
+        """End the worker and wait until its memory is back; a second call does nothing."""
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            self._worker.close()
+            self._release()
+
+
+class InWorker(ComputeFunction):
+    """The model of a worker, as a compute function: the same arguments, answers and errors.
+
+    Requests wait for their answers without a limit, unless their callers have a deadline: see
+    `_HANGS_AFTER_S`.
+    """
+
+    def __init__(self, worker: Worker, model_id: str) -> None:
+        self._worker = worker
+        self._model_id = model_id
+        self._longest_s = 0.0
+
+    def compute(
+        self,
+        input_tensor: torch.Tensor,
+        past_key_values: KeyValues | None = None,
+        use_cache: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, KeyValues]:
+        """As `ModelComputeFunction.compute`."""
+        tensors = [input_tensor]
+        for key, value in past_key_values or ():
+            tensors += (key, value)
+        answer, results = self.ask(
+            {"op": "compute", "past": past_key_values is not None, "use_cache": use_cache}, tensors
+        )
+        output, *present = results
+        if not answer["present"]:
+            return output
+        return output, tuple(zip(present[::2], present[1::2], strict=True))
+
+    def forward_for_training(self, input_tensor: torch.Tensor, forward_id: str) -> torch.Tensor:
+        """As `ModelComputeFunction.forward_for_training`; the graph is kept in the worker."""
+        message = {"op": "forward_for_training", "forward_id": forward_id}
+        return self.ask(message, (input_tensor,))[1][0]
+
+    def backward(
+        self, forward_id: str, grad_output: torch.Tensor, learning_rate: float | None = None
+    ) -> torch.Tensor:
+        """As `ModelComputeFunction.backward`."""
+        message = {"op": "backward", "forward_id": forward_id, "learning_rate": learning_rate}
+        return self.ask(message, (grad_output,))[1][0]
+
+    def get_info(self) -> Mapping[str, object]:
+        """As `ModelComputeFunction.get_info`."""
+        return dict(self.ask({"op": "info"})[0]["info"])
+
+    def ask(
+        self, message: Message, tensors: Sequence[torch.Tensor] = ()
+    ) -> tuple[Message, list[torch.Tensor]]:
+        """Call the worker and wait for its answer.
+
+        Raises:
+            ComputeError: as the model's own function would; ComputeFailed (reason `WorkerDied`) if the
+                process ends meanwhile, DeadlinePassed if it had to be ended for it.
+        """
+        begun_s = monotonic()
+        try:
+            with self._worker.connection() as connection:
+                connection.call(message, tensors)
+                answer, results, _ = connection.answer(self._patience_s(begun_s))
+        except TimeoutError:
+            self._worker.kill()
+            raise DeadlinePassed(
+                f"model {self._model_id!r} has not answered for {monotonic() - begun_s:.1f} s, long past "
+                "the caller's deadline: its worker process has been ended",
+                "ForwardHangs",
+            ) from None
+        except Closed:
+            why = self._worker.why_ended() or "it has been unloaded"
+            raise ComputeFailed(
+                f"model {self._model_id!r}: its worker process died while it computed: {why}",
+                "WorkerDied",
+            ) from None
+        if (error := answer.get("error")) is not None:
+            raise raised_in(self._model_id, error, loading=False)
+        self._longest_s = max(self._longest_s, monotonic() - begun_s)
+        return answer, results
+
+    def _patience_s(self, now_s: float) -> float | None:
+        until_s = deadline_s()
+        if until_s is None:
+            return None
+        grace_s = max(_HANGS_AFTER_S, _HANGS_AFTER_TIMES * self._longest_s)
+        return max(0.0, until_s - now_s) + grace_s

@@ -1,0 +1,117 @@
+"""Tensors in memory that two processes have in common.
+
+An area has no name that could outlive the processes: it is gone with the last descriptor and mapping. It
+is sealed against shrinking, so that neither side can take memory away under the other (SIGBUS).
+
+    call      the caller writes its tensors into the area and says where they lie
+    answer    whoever answers writes over them, in the same area or, where it is too small, in a new one
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_ALIGNMENT = 64
+_SMALLEST = 256 * 2**10
+
+Place = list[Any]
+"""[dtype, shape, offset in bytes] of a tensor, as JSON has it."""
+
+
+class Area:
+    """Shared memory of a fixed size. The descriptor is open until `close`; tensors keep the memory."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        self.size = os.fstat(descriptor).st_size
+        self._memory = mmap.mmap(descriptor, self.size)
+        self.address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
+
+    @classmethod
+    def of_size(cls, size: int) -> Area:
+        """A new one for at least so many bytes."""
+        return cls(anonymous_file(max(_SMALLEST, 2 ** math.ceil(math.log2(max(size, 1))))))
+
+    def close(self) -> None:
+        """Close the descriptor; a second call does nothing."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def tensor(self, place: Place) -> torch.Tensor:
+        """The tensor at a place; it is the area's memory.
+
+        Raises:
+            ValueError: the place is none of this area.
+        """
+        name, shape, offset = place
+        dtype = getattr(torch, str(name), None)
+        if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) for n in shape):
+            raise ValueError(f"no place of a tensor: {place}")
+        count = math.prod(shape)
+        if count < 0 or offset < 0 or offset + count * dtype.itemsize > self.size:
+            raise ValueError(f"a tensor outside of its area: {place}")
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
+        return flat.view(shape)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor's memory is this area's."""
+        begin = tensor.untyped_storage().data_ptr()
+        return self.address <= begin < self.address + self.size
+
+    def write(self, tensors: Sequence[torch.Tensor]) -> list[Place]:
+        """Copy tensors from the beginning on; none of them is the area's, and they fit."""
+        places: list[Place] = []
+        for tensor, offset in zip(tensors, _offsets(tensors), strict=True):
+            place = [dtype_name(tensor.dtype), list(tensor.shape), offset]
+            if tensor.numel():
+                self.tensor(place).copy_(tensor)
+            places.append(place)
+        return places
+
+
+def bytes_for(tensors: Sequence[torch.Tensor]) -> int:
+    """How large an area must be to hold them."""
+    offsets = _offsets(tensors)
+    return offsets[-1] + tensors[-1].nbytes if tensors else 0
+
+
+def anonymous_file(size: int) -> int:
+    """The descriptor of a file in memory, without a name, that cannot become shorter."""
+    if hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("splitlearn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(descriptor, size)
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        return descriptor
+    with tempfile.TemporaryFile() as file:
+        os.ftruncate(file.fileno(), size)
+        return os.dup(file.fileno())
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What a dtype is called in a message: an attribute of torch."""
+    return str(dtype).removeprefix("torch.")
+
+
+def whole_pages(size: int) -> int:
+    """Bytes of as many pages as hold `size` bytes."""
+    return -(-size // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+
+
+def _offsets(tensors: Sequence[torch.Tensor]) -> list[int]:
+    offsets, end = [], 0
+    for tensor in tensors:
+        begin = -(-end // _ALIGNMENT) * _ALIGNMENT
+        offsets.append(begin)
+        end = begin + tensor.nbytes
+    return offsets

@@ -1,0 +1,353 @@
+"""Worker processes as the node sees them: how one is started, called, and ended.
+
+    ForkServer ──start──► Worker ──connection──► call, answer
+        │                   ▲
+        └── "it has ended" ─┘
+
+A call takes a connection that is free, or a new one, and waits on it for the answer itself. When the worker's
+process has ended, all its calls end, and whoever asked to be told is told why, once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+
+from splitlearn_manager.errors import WorkerDied
+from splitlearn_manager.logs import log_event
+from splitlearn_manager.runtime.channel import Channel, Closed, Message, pair
+from splitlearn_manager.runtime.shared_area import Area, bytes_for
+
+log = logging.getLogger(__name__)
+
+_STARTS_WITHIN_S = 120.0
+"""The fork server imports torch first, which takes long on a busy machine."""
+
+_ENDS_WITHIN_S = 10.0
+_MOST_OF_A_LINE = 4000
+
+
+class Connection:
+    """A way to one thread of a worker, for one call at a time."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._area: Area | None = None
+
+    def call(
+        self,
+        message: Message,
+        tensors: Sequence[torch.Tensor] = (),
+        *,
+        descriptors: Sequence[int] = (),
+    ) -> None:
+        """Send a call; `answer` gives what comes of it. Raises Closed."""
+        handed_over: list[int] = []
+        if tensors and (self._area is None or bytes_for(tensors) > self._area.size):
+            self._area = Area.of_size(bytes_for(tensors))
+            handed_over.append(self._area.descriptor)
+        places = self._area.write(tensors) if self._area is not None else []
+        try:
+            self._channel.send(
+                {**message, "tensors": places, "area": bool(handed_over)},
+                (*handed_over, *descriptors),
+            )
+        finally:
+            if handed_over and self._area is not None:
+                self._area.close()
+
+    def answer(
+        self, timeout_s: float | None = None
+    ) -> tuple[Message, list[torch.Tensor], list[int]]:
+        """The answer to the last call: its tensors have memory of their own.
+
+        Raises Closed, or TimeoutError; it can be asked for again then.
+        """
+        message, descriptors = self._channel.receive(timeout_s)
+        if message.get("area"):
+            self._area = Area(descriptors.pop(0))
+            self._area.close()
+        places = message.get("tensors", ())
+        area = self._area
+        tensors = [area.tensor(place).clone() for place in places] if area is not None else []
+        return message, tensors, descriptors
+
+    def close(self) -> None:
+        """Nothing is called any more."""
+        self._channel.close()
+
+
+class Worker:
+    """One worker process.
+
+    Attributes:
+        pid: its process id.
+    """
+
+    def __init__(self, pid: int, control: Channel, kill: Callable[[int], None]) -> None:
+        self.pid = pid
+        self._control = control
+        self._kill = kill
+        self._lock = threading.Lock()
+        self._free: list[Connection] = []
+        self._ended = threading.Event()
+        self._why = ""
+        self._tell: Callable[[str], None] | None = None
+        self._closing = False
+
+    @contextmanager
+    def connection(self) -> Iterator[Connection]:
+        """A connection for one call; after an error it is not used again. Raises Closed if it has ended."""
+        with self._lock:
+            connection = self._free.pop() if self._free else None
+        if connection is None:
+            connection = self._connect()
+        try:
+            yield connection
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            if not self._closing:
+                self._free.append(connection)
+                return
+        connection.close()
+
+    def _connect(self) -> Connection:
+        mine, other = pair()
+        try:
+            with other, self._lock:
+                if self._closing:
+                    raise Closed
+                self._control.send({"op": "connect"}, (other.fileno(),))
+        except Closed:
+            mine.close()
+            raise
+        return Connection(mine)
+
+    def why_ended(self, wait_s: float = _ENDS_WITHIN_S) -> str:
+        """Why it has ended; empty if that is not so within `wait_s`."""
+        self._ended.wait(wait_s)
+        return self._why
+
+    def when_ended(self, tell: Callable[[str], None]) -> None:
+        """Have `tell` called with why, once it has ended without being asked to; at once if it has."""
+        with self._lock:
+            self._tell = tell
+            ended = self._ended.is_set() and not self._closing
+        if ended:
+            tell(self._why)
+
+    def kill(self) -> None:
+        """End it at once, and let it be told as any end."""
+        self._kill(self.pid)
+
+    def close(self) -> None:
+        """End it, and wait until its memory is back; nobody is told."""
+        with self._lock:
+            self._closing, free = True, self._free
+            self._free = []
+        for connection in free:
+            connection.close()
+        self._kill(self.pid)
+        if not self._ended.wait(_ENDS_WITHIN_S):
+            log_event(log, logging.WARNING, "WorkerStays", "it does not end", pid=self.pid)
+        self._control.close()
+
+    def has_ended(self, status: int) -> None:
+        """Its process is gone, with that exit code; negative: the number of a signal."""
+        with self._lock:
+            self._why = how_it_ended(status)
+            self._ended.set()
+            tell = None if self._closing else self._tell
+        if tell is not None:
+            tell(self._why)
+
+
+def how_it_ended(status: int) -> str:
+    """An exit code in words."""
+    if status >= 0:
+        return f"it ended with exit code {status}"
+    try:
+        name = signal.Signals(-status).name
+    except ValueError:
+        name = f"signal {-status}"
+    hint = ", as the system does when memory is short" if -status == signal.SIGKILL else ""
+    return f"it was ended by {name}{hint}"
+
+
+class WorkerStarter:
+    """Starts workers; safe to use from several threads.
+
+    On Linux they are forked from a process that has imported torch, which is started with the first of
+    them. Elsewhere each is a new process, which takes seconds.
+    """
+
+    def __init__(self, *, forks: bool = sys.platform == "linux") -> None:
+        self.forks = forks
+        self._lock = threading.Lock()
+        self._server: _ForkServer | None = None
+
+    def start(self, model_id: str, imports: Sequence[str] = ()) -> Worker:
+        """A new worker, without a model. Raises WorkerDied if none can be started."""
+        control, other = pair()
+        with other, _Output(model_id) as output:
+            descriptors = (other.fileno(), *output.descriptors)
+            try:
+                if self.forks:
+                    worker = self._running_server().fork(control, descriptors, imports)
+                else:
+                    worker = _spawn(control, descriptors)
+            except (Closed, OSError) as error:
+                control.close()
+                why = str(error) or "the process that forks them has ended"
+                raise WorkerDied(
+                    f"model {model_id!r}: no worker process can be started: {why}"
+                ) from error
+        return worker
+
+    def _running_server(self) -> _ForkServer:
+        with self._lock:
+            if self._server is None or self._server.ended:
+                self._server = _ForkServer()
+            return self._server
+
+
+class _ForkServer:
+    """The process that forks workers; see `worker.fork_server`."""
+
+    def __init__(self) -> None:
+        self._channel, other = pair()
+        with other:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "splitlearn_manager.worker.fork_server",
+                    str(other.fileno()),
+                ],
+                pass_fds=(other.fileno(),),
+                stdin=subprocess.DEVNULL,
+            )
+        self.ended = False
+        self._lock = threading.Lock()
+        self._workers: dict[int, Worker] = {}
+        self._forked: Callable[[int], None] | None = None
+        self._answered = threading.Event()
+        if self._channel.receive(_STARTS_WITHIN_S)[0] != {"op": "ready"}:
+            raise Closed
+        threading.Thread(target=self._hear, name="fork-server", daemon=True).start()
+
+    def fork(self, control: Channel, descriptors: Sequence[int], imports: Sequence[str]) -> Worker:
+        """Raises Closed."""
+        found: list[Worker] = []
+
+        def forked(pid: int) -> None:
+            # By the thread that hears of its end: it cannot hear of that before.
+            worker = self._workers[pid] = Worker(pid, control, self._kill)
+            found.append(worker)
+
+        with self._lock:
+            self._answered.clear()
+            self._forked = forked
+            self._channel.send({"op": "fork", "import": list(imports)}, descriptors)
+            self._answered.wait()
+        if not found:
+            raise Closed
+        return found[0]
+
+    def _kill(self, pid: int) -> None:
+        with suppress(Closed):  # then it has ended with its server
+            self._channel.send({"op": "kill", "pid": pid})
+
+    def _hear(self) -> None:
+        try:
+            while True:
+                message, _ = self._channel.receive()
+                if message["op"] == "forked" and self._forked is not None:
+                    self._forked(message["pid"])
+                    self._answered.set()
+                elif message["op"] == "ended":
+                    self._workers.pop(message["pid"]).has_ended(message["status"])
+        except Closed:
+            self.ended = True
+            self._answered.set()
+            self._channel.close()
+            self._process.wait()
+            for pid in list(self._workers):
+                self._workers.pop(pid).has_ended(-signal.SIGKILL)
+
+
+def _spawn(control: Channel, descriptors: Sequence[int]) -> Worker:
+    end, out, err = descriptors
+    process = subprocess.Popen(
+        [sys.executable, "-m", "splitlearn_manager.worker", str(end)],
+        pass_fds=(end,),
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        start_new_session=True,
+    )
+    worker = Worker(process.pid, control, lambda _: process.kill())
+    threading.Thread(
+        target=lambda: worker.has_ended(process.wait()), name=f"worker-{process.pid}", daemon=True
+    ).start()
+    return worker
+
+
+class _Output:
+    """What a worker prints, in the node's log, a line each, with the model's id.
+
+    The block is for handing the ends to the worker; they are closed here after it.
+    """
+
+    def __init__(self, model_id: str) -> None:
+        pipes = [os.pipe(), os.pipe()]
+        self.descriptors = tuple(write for _, write in pipes)
+        read = {end: name for (end, _), name in zip(pipes, ("stdout", "stderr"), strict=True)}
+        threading.Thread(
+            target=_log_lines, args=(model_id, read), name=f"output-{model_id}", daemon=True
+        ).start()
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+def _log_lines(model_id: str, streams: dict[int, str]) -> None:
+    """Until the worker has closed both."""
+    begun = dict.fromkeys(streams, b"")
+    with selectors.DefaultSelector() as selector:
+        for end in streams:
+            selector.register(end, selectors.EVENT_READ)
+        while selector.get_map():
+            for key, _ in selector.select():
+                end = key.fd
+                data = os.read(end, 64 * 2**10)
+                *lines, begun[end] = (begun[end] + data).split(b"\n")
+                if not data or len(begun[end]) > _MOST_OF_A_LINE:
+                    lines, begun[end] = [*lines, begun[end]], b""
+                for line in lines:
+                    _log_line(model_id, streams[end], line)
+                if not data:
+                    selector.unregister(end)
+                    os.close(end)
+
+
+def _log_line(model_id: str, stream: str, line: bytes) -> None:
+    text = line[:_MOST_OF_A_LINE].decode(errors="replace").rstrip()
+    if text:
+        level = logging.WARNING if stream == "stderr" else logging.INFO
+        log_event(log, level, "WorkerOutput", text, model=model_id, stream=stream)

@@ -1,0 +1,142 @@
+"""Starts workers within milliseconds: a process that has imported torch and forks on request.
+
+    node ──{"op": "fork"}, descriptors──► fork server ──fork──► worker
+         ◄─{"op": "ended", "pid", "status"}──┘
+
+Run as `python -m splitlearn_manager.worker.fork_server DESCRIPTOR`. It has one thread and never runs a
+model, so that a fork of it is clean. It ends with the node, whose end of the socket closes then, and the
+workers end with it: the kernel kills them (Linux), or they read the end of their own sockets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import random
+import selectors
+import signal
+import socket
+import sys
+from typing import Any, NoReturn
+
+from splitlearn_manager.runtime.channel import Channel, Closed, Message
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(descriptor: int) -> None:
+    """Serve until the node is gone."""
+    # Ctrl-C goes to all processes of a terminal; what becomes of workers is the node's to say.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    _import_all(("torch", "splitlearn_manager.worker.model_worker"))
+    channel = Channel(socket.socket(fileno=descriptor))
+    channel.send({"op": "ready"})
+    woken, wakes = os.pipe()
+    for end in (woken, wakes):
+        os.set_blocking(end, False)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    selector = selectors.DefaultSelector()
+    selector.register(channel, selectors.EVENT_READ)
+    selector.register(woken, selectors.EVENT_READ)
+    children: set[int] = set()
+    try:
+        while True:
+            for key, _ in selector.select():
+                if key.fileobj is channel:
+                    _obey(channel, children, (descriptor, woken, wakes, selector))
+                else:
+                    os.read(woken, 4096)
+            _reap(channel, children)
+    except Closed:
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _obey(channel: Channel, children: set[int], ours: tuple[Any, ...]) -> None:
+    message, descriptors = channel.receive()
+    if message["op"] == "kill":
+        # Only what has not been reaped: its id is nobody else's yet.
+        if message["pid"] in children:
+            os.kill(message["pid"], signal.SIGKILL)
+        return
+    _import_all(message.get("import", ()))
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        _become_worker(parent, descriptors, ours)
+    children.add(pid)
+    for descriptor in descriptors:
+        os.close(descriptor)
+    channel.send({"op": "forked", "pid": pid})
+
+
+def _reap(channel: Channel, children: set[int]) -> None:
+    for pid in tuple(children):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            children.discard(pid)
+            told: Message = {"op": "ended", "pid": pid, "status": os.waitstatus_to_exitcode(status)}
+            channel.send(told)
+
+
+def _become_worker(parent: int, descriptors: list[int], ours: tuple[Any, ...]) -> NoReturn:
+    code = 1
+    try:
+        control, out, err = descriptors
+        end_with_parent(parent)
+        server, woken, wakes, selector = ours
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        selector.close()
+        for descriptor in (server, woken, wakes):
+            os.close(descriptor)
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        for descriptor in (out, err):
+            os.close(descriptor)
+        _draw_anew()
+        from splitlearn_manager.worker.model_worker import work
+
+        work(socket.socket(fileno=control))
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have the kernel end this process when that one is gone, where it can (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _draw_anew() -> None:
+    """Random numbers that are not those of all other workers."""
+    import numpy as np
+    import torch
+
+    random.seed()
+    np.random.seed(random.getrandbits(32))
+    torch.seed()
+
+
+def _import_all(names: Any) -> None:
+    """What cannot be imported here is told by the load that needs it."""
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            print(f"the fork server cannot import {name}: {error}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
