@@ -357,6 +357,9 @@ class _Planner:
             wanted.accepted_s,
             may_evict=False,
         )
+        if setting != "recreate" and (first := self._asked_for_first(wanted)) is not None:
+            message = f"requests wait for {first}, which takes the memory first"
+            return self._wait(spec.model_id, "AwaitingMemory", message)
         beside = self._room.ask(request)
         if setting != "recreate" and isinstance(beside, Admitted):
             if why is None:
@@ -379,6 +382,30 @@ class _Planner:
         if isinstance(instead, Refused):
             return self._wait(spec.model_id, instead.reason, instead.message)
         return self._wait(spec.model_id, "AwaitingMemory", "waits for memory to come back")
+
+    def _asked_for_first(self, wanted: Wanted) -> str | None:
+        """Whose room an update would take that requests wait for: others may have gone to make it."""
+        for model_id in sorted(self._observed.demands):
+            other = self._desired.get(model_id)
+            if other is None or model_id in self._by_id or self._why_not_load(other) is not None:
+                continue
+            config = other.spec.config
+            if config.priority < wanted.spec.config.priority or self._limit(model_id) is not None:
+                continue
+            request = AdmissionRequest(
+                model_id,
+                other.devices,
+                other.mb,
+                config.priority,
+                other.accepted_s,
+                may_evict=False,
+            )
+            fits = self._room.ask(request)
+            if isinstance(fits, Admitted) and not self._room.fits_besides(
+                fits.device, other.mb, wanted.devices, wanted.mb
+            ):
+                return model_id
+        return None
 
     def _updating(self, wanted: Wanted, serving: InstanceView, mode: Mode, device: str) -> Action:
         spec = wanted.spec

@@ -46,6 +46,13 @@ class Room:
             self._refusals[question] = decision
         return decision
 
+    def fits_besides(
+        self, device: str, mb: float, other_devices: Collection[str], other_mb: float
+    ) -> bool:
+        """Whether one more fits on one of its devices once another has taken `mb` of `device`."""
+        then = self._ledger.promise("the first of two", device, mb)
+        return any(not then.shortfall(d, other_mb) for d in other_devices if d in then.budgets_mb)
+
     def first_to_go(self, device: str, busy: Collection[str]) -> Resident | None:
         """Who goes next for a device under pressure; None if nobody may, or memory is on its way back.
 
