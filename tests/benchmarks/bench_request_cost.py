@@ -1,0 +1,116 @@
+"""What a request costs the server's processors, beside what it cannot cost less than.
+
+The lower limit is one forward in the best batch, and the transport with nothing behind it: an echo server
+of two threads. The node, the echo server, the forward and the client each have a process of their own or a
+turn of their own; rounds alternate. Prints, asserts nothing but that all requests were answered.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import process_time
+
+import psutil
+import torch
+from torch import nn
+
+from support.node import Node
+
+DESIRED = Path(__file__).parents[2] / "desired"
+PEERS = Path(__file__).with_name("request_cost_peers.py")
+CLIENTS = (1, 8, 32)
+BATCHES = (1, 8, 32)
+ROUNDS = 3
+SECONDS = 4.0
+FORWARDS = 200
+
+
+@contextmanager
+def echo_server() -> Iterator[tuple[int, str]]:
+    """Its process id and address."""
+    with subprocess.Popen(
+        [sys.executable, str(PEERS), "echo"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        yield process.pid, f"127.0.0.1:{int(process.stdout.readline())}"
+        process.communicate()
+
+
+def cpu_s(pid: int) -> float:
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
+def load(address: str, clients: int, seconds: float) -> int:
+    """Requests that were answered."""
+    command = [sys.executable, str(PEERS), "client", address, str(clients), str(seconds)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
+    return int(done.stdout)
+
+
+def cost_ms(pid: int, address: str, clients: int) -> tuple[float, float]:
+    """Milliseconds of the server's processors a request, and requests a second."""
+    before = cpu_s(pid)
+    answered = load(address, clients, SECONDS)
+    assert answered
+    return (cpu_s(pid) - before) * 1000 / answered, answered / SECONDS
+
+
+def forward_ms(model: nn.Module, batch: int) -> float:
+    """Milliseconds of one thread for one row of a batch."""
+    x = torch.randn(batch, 10, 768)
+    with torch.inference_mode():
+        model(x)
+        began = process_time()
+        for _ in range(FORWARDS // batch + 1):
+            model(x)
+        return (process_time() - began) * 1000 / (FORWARDS // batch + 1) / batch
+
+
+def test_request_cost(tmp_path: Path) -> None:
+    directory = tmp_path / "desired"
+    directory.mkdir()
+    for name in ("mlp.yaml", "quickstart.py"):
+        shutil.copy(DESIRED / name, directory)
+    torch.set_num_threads(1)
+    model = nn.Sequential(nn.Linear(768, 1024), nn.ReLU(), nn.Linear(1024, 768)).eval()
+    node_ms: dict[int, list[tuple[float, float]]] = {n: [] for n in CLIENTS}
+    echo_ms: dict[int, list[tuple[float, float]]] = {n: [] for n in CLIENTS}
+    alone: dict[int, list[float]] = {b: [] for b in BATCHES}
+    one_thread = {"OMP_NUM_THREADS": "1"}
+    with Node(directory, environment=one_thread) as node, echo_server() as (echo_pid, echo_at):
+        node.wait_phase("mlp", "Ready")
+        for address in (node.address, echo_at):
+            load(address, 1, 1.0)
+        for _ in range(ROUNDS):
+            for batch in BATCHES:
+                alone[batch].append(forward_ms(model, batch))
+            for clients in CLIENTS:
+                node_ms[clients].append(cost_ms(node.process.pid, node.address, clients))
+                echo_ms[clients].append(cost_ms(echo_pid, echo_at, clients))
+    forward = {batch: statistics.median(values) for batch, values in alone.items()}
+    print("\nforward alone, ms a row: " + ", ".join(f"{b}: {ms:.3f}" for b, ms in forward.items()))
+    print("clients  node ms (requests/s)  echo ms (requests/s)  node / (forward + echo)  spread")
+    for clients in CLIENTS:
+        limit_ms = forward[1] if clients == 1 else min(forward.values())
+        ratios = [
+            mine[0] / (limit_ms + theirs[0])
+            for mine, theirs in zip(node_ms[clients], echo_ms[clients], strict=True)
+        ]
+        mine, theirs = (
+            tuple(statistics.median(column) for column in zip(*runs, strict=True))
+            for runs in (node_ms[clients], echo_ms[clients])
+        )
+        print(
+            f"{clients:7}  {mine[0]:7.3f} ({mine[1]:6.0f})      {theirs[0]:7.3f} ({theirs[1]:6.0f})"
+            f"      {statistics.median(ratios):.2f}                     {min(ratios):.2f}..{max(ratios):.2f}"
+        )

@@ -1,0 +1,63 @@
+"""The processes beside the node in the measurement of request cost; run as `python FILE ROLE …`.
+
+echo                              a gRPC server of two threads that sends back what it gets; prints its port
+client ADDRESS CLIENTS SECONDS    callers in a closed loop, one request encoded beforehand; prints the answers
+"""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+
+import grpc
+import torch
+
+from splitlearn_comm.core import TensorCodec
+from splitlearn_comm.protocol import compute_pb2
+
+ECHO_THREADS = 2
+SHAPE = (1, 10, 768)
+METHOD = "/splitlearn.comm.ComputeService/Compute"
+
+
+def echo() -> None:
+    """Serves until its standard input closes."""
+    server = grpc.server(ThreadPoolExecutor(ECHO_THREADS))
+    handler = grpc.unary_unary_rpc_method_handler(lambda request, context: request)
+    service = grpc.method_handlers_generic_handler(
+        "splitlearn.comm.ComputeService", {"Compute": handler}
+    )
+    server.add_generic_rpc_handlers((service,))
+    print(server.add_insecure_port("127.0.0.1:0"), flush=True)
+    server.start()
+    sys.stdin.read()
+    server.stop(None).wait()
+
+
+def client(address: str, clients: int, seconds: float) -> None:
+    """Calls from `clients` threads, each with a connection of its own; any failure ends it."""
+    data, shape = TensorCodec().encode(torch.randn(SHAPE))
+    request = compute_pb2.ComputeRequest(data=data, shape=shape, model_id="mlp").SerializeToString()
+    until = perf_counter() + seconds
+
+    def loop(number: int) -> int:
+        answered = 0
+        # Equal channels share one connection; an argument of its own keeps each apart.
+        options = [("grpc.use_local_subchannel_pool", 1), ("bench.client", number)]
+        with grpc.insecure_channel(address, options=options) as channel:
+            call = channel.unary_unary(METHOD)
+            while perf_counter() < until:
+                call(request, timeout=30)
+                answered += 1
+        return answered
+
+    with ThreadPoolExecutor(clients) as threads:
+        print(sum(threads.map(loop, range(clients))), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "echo":
+        echo()
+    else:
+        client(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
