@@ -106,7 +106,7 @@ MUTANTS = (
     Mutant(
         "requests are kept from a busy model at once",
         "preemption without patience: every newcomer stops what is used all the time",
-        lambda: [(filling, "PATIENCE_S", 0.0)],
+        lambda: [(filling, "PATIENCE_S", 1e-9)],
     ),
     Mutant(
         "a model that turns out larger is booked at its estimate",
