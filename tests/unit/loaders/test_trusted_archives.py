@@ -173,3 +173,21 @@ def test_an_archive_that_lacks_a_storage_is_damaged(tmp_path: Path) -> None:
         load(tmp_path / "m.pt")
     assert caught.value.reason == CORRUPT_CHECKPOINT
     assert "data/0" in caught.value.message
+
+
+def test_a_state_dict_beside_objects_of_other_classes_is_read_without_making_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensor by tensor, so that what a training kept beside it takes no memory."""
+    (tmp_path / "some_net.py").write_text(
+        "from torch import nn\n\ndef make():\n    return nn.Linear(4, 4)\n"
+    )
+    module = nn.Linear(4, 4)
+    torch.save({"model": module.state_dict(), "by": Path("a")}, tmp_path / "m.pt")
+    monkeypatch.setattr(
+        "splitlearn_manager.core.loaders.pytorch.unpickle", lambda archive: pytest.fail("unpickled")
+    )
+    config = model_config(tmp_path / "m.pt", trusted=True, config={"factory": "some_net:make"})
+    loaded = ModelLoader().load(config.with_base_dir(tmp_path), "cpu").module
+    x = torch.rand(2, 4)
+    assert torch.equal(loaded(x), module(x))

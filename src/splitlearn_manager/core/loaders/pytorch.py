@@ -86,10 +86,9 @@ def _from_safetensors(file: PytorchFile) -> Built:
 
 def _from_torch_save(file: PytorchFile, kind: FileFormat) -> Built:
     if kind is FileFormat.TORCH_ZIP:
-        if _names_layers(file):
-            if (module := _read_module(file)) is not None:
-                return _whole(module)
-        elif (built := _from_archive(file)) is not None:
+        if _names_layers(file) and (module := _read_module(file)) is not None:
+            return _whole(module)
+        if (built := _from_archive(file)) is not None:
             return built
     elif kind is FileFormat.TORCH_TAR and not file.trusted:
         raise _refusal(file.path, ("it is of a format that only plain unpickling can read",))
