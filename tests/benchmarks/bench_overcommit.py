@@ -233,8 +233,6 @@ def run_a_day(directory: Path) -> Day:
     settings = {
         "memory_quota_mb": {"cpu": QUOTA_MB},
         "max_models": MODELS,
-        # A place that is being loaded serves nobody: of two at a time, the twelve would be ten.
-        "max_parallel_loads": 1,
         "max_workers": 4 * CLIENTS,
     }
     keys = {"trusted": True, "batch_size": 1, "config": {"input_shape": [1, WIDTH]}}

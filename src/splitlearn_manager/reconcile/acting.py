@@ -6,7 +6,9 @@ turn. Nothing here waits, and nothing is done that the plan does not say.
 Loads take turns: so many are under way at a time that they do not slow each other down. One that has been
 under way for `TURN_S` lends its turn to the next, so that what hangs, or comes from a slow disk, delays no
 other; how many can be under way then is bounded by `max_models` and by memory, as ever. Nobody makes room for
-a load whose turn has not come: until then requests may want what would go.
+a load whose turn has not come: until then requests may want what would go. And where room has to be made,
+loads that are over soon take turns one by one: a place that is being filled serves nobody, and two loads side
+by side are hardly faster than one after the other.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.errors import ModelUnavailable, OperationInProgress
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.reconcile.actions import TURN_S, Action, Mode, Plan, Verb
+from splitlearn_manager.reconcile.actions import SOON_S, TURN_S, Action, Mode, Plan, Verb
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +72,8 @@ def _having_turns(
     actions = {a.model_id: a for a in made.actions if a.takes_turn}
     coming = {a.makes_room_for for a in made.actions if a.makes_room_for}
     late = {v.model_id for v in instances if _frees_late(v, now_s)}
-    starts = rooms = max_parallel_loads - len(_turns_end(instances, now_s))
+    starts = max_parallel_loads - len(_turns_end(instances, now_s, TURN_S))
+    rooms = min(starts, 1 - len(_turns_end(instances, now_s, SOON_S)))
     begin: set[str] = set()
     for model_id in made.turns:
         after = actions[model_id].after
@@ -96,22 +99,26 @@ def _frees_late(view: InstanceView, now_s: float) -> bool:
 def next_turn_s(
     made: Plan, executed: Sequence[Action], instances: Sequence[InstanceView], now_s: float
 ) -> float | None:
-    """When a load lends its turn to one that could start; None if none waits for a turn."""
-    if any(a.takes_turn and a not in executed for a in made.actions):
+    """When a load lends its turn to one that waits for it; None if none does."""
+    left = [a for a in made.actions if a not in executed]
+    ends: list[float] = []
+    if any(a.takes_turn for a in left):
+        ends += _turns_end(instances, now_s, TURN_S)
         freed = (v.draining_since_s for v in instances if v.state is State.UNLOADING)
-        freed_late = (at + TURN_S for at in freed if at is not None and at + TURN_S > now_s)
-        return min((*_turns_end(instances, now_s), *freed_late), default=None)
-    return None
+        ends += [at + TURN_S for at in freed if at is not None and at + TURN_S > now_s]
+    if any(a.makes_room_for for a in left):
+        ends += _turns_end(instances, now_s, SOON_S)
+    return min(ends, default=None)
 
 
-def _turns_end(instances: Sequence[InstanceView], now_s: float) -> list[float]:
-    """When the turns end of the loads that have one, on the manager's clock.
+def _turns_end(instances: Sequence[InstanceView], now_s: float, lasting_s: float) -> list[float]:
+    """When the turns of `lasting_s` end of the loads that have one, on the manager's clock.
 
     A version that is unloaded for its successor to be loaded in its place has the successor's turn.
     """
     begun = [v.loading_since_s for v in instances if v.state is State.LOADING]
     begun += [v.draining_since_s or now_s for v in instances if v.followed]
-    return [at + TURN_S for at in begun if at + TURN_S > now_s]
+    return [at + lasting_s for at in begun if at + lasting_s > now_s]
 
 
 def _start(action: Action, manager: ModelManager, tell: Callable[[Told], None]) -> bool:

@@ -22,6 +22,9 @@ RELIEF_SHOWS_S = 10.0
 the last 10 s."""
 TURN_S = 30.0
 """A load that has been under way for so long no longer counts against `max_parallel_loads`."""
+SOON_S = 1.0
+"""A load is thought to be over so soon; one that is not waits for a disk, or a network, that may serve
+others meanwhile."""
 
 
 class Verb(StrEnum):
