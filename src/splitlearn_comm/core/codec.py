@@ -5,16 +5,20 @@ fixes the dtype on the wire; the shape travels beside the bytes. Decoding checks
 bytes before it allocates anything, so a request can never make the server allocate more than it sent
 (for a compressed tensor: more than `max_decoded_bytes`).
 
-A decoded tensor owns writable memory: decoding copies the bytes once, because the bytes of a message are
-immutable and a model may write into its input. Codecs hold no state and may be shared by threads.
+A decoded tensor is writable, because a model may write into its input. Decoding copies the bytes of a
+message, which are immutable, once; those that are given as a view are taken over: nobody else may read them
+any more.
+Codecs hold no state and may be shared by threads.
 """
 
 from __future__ import annotations
 
+import ctypes
 import math
 import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from splitlearn_comm.core.errors import InvalidRequest
@@ -80,6 +84,11 @@ class TensorCodec:
         Raises:
             TypeError: if `tensor` is no dense tensor of real numbers.
         """
+        data, shape = self.view(tensor)
+        return bytes(data), shape
+
+    def view(self, tensor: torch.Tensor) -> tuple[bytes | memoryview, list[int]]:
+        """As `encode`, without a copy where the tensor's own memory holds those bytes already."""
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"expected a torch.Tensor, got {type(tensor).__name__}")
         if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
@@ -89,11 +98,15 @@ class TensorCodec:
             )
         plain = tensor.detach().to("cpu", self.dtype).contiguous().resolve_neg()
         # Through uint8, because numpy has no bfloat16; flattened, because a scalar has no bytes to view.
-        raw = plain.reshape(-1).view(torch.uint8).numpy().tobytes()
+        raw = plain.reshape(-1).view(torch.uint8).numpy().data
         return self._pack(raw), list(tensor.shape)
 
-    def decode(self, data: bytes, shape: Sequence[int]) -> torch.Tensor:
-        """Return a CPU tensor of `shape` and this codec's dtype with memory of its own.
+    def decode(self, data: bytes | memoryview, shape: Sequence[int]) -> torch.Tensor:
+        """Return a CPU tensor of `shape` and this codec's dtype that may be written to.
+
+        Args:
+            data: bytes, which are copied, or a view of some, which the tensor takes over.
+            shape: as it came with the bytes.
 
         Raises:
             InvalidRequest: if the shape is impossible or does not fit the bytes.
@@ -108,16 +121,18 @@ class TensorCodec:
             )
         if expected == 0:
             return torch.empty(dims, dtype=self.dtype)
-        owned = bytearray(raw)
+        owned = taken_over(raw) if isinstance(raw, memoryview) else bytearray(raw)
         if self.dtype is torch.bool:
             # Only 0 and 1 are bools; other byte values would behave differently from operation to operation.
             return torch.frombuffer(owned, dtype=torch.uint8).ne(0).reshape(dims)
         return torch.frombuffer(owned, dtype=self.dtype).reshape(dims)
 
-    def _pack(self, raw: bytes) -> bytes:
+    def _pack(self, raw: memoryview) -> bytes | memoryview:
         return raw
 
-    def _unpack(self, data: bytes, expected: int, dims: tuple[int, ...]) -> bytes:
+    def _unpack(
+        self, data: bytes | memoryview, expected: int, dims: tuple[int, ...]
+    ) -> bytes | memoryview:
         return data
 
 
@@ -148,10 +163,10 @@ class CompressedTensorCodec(TensorCodec):
         """Return a compressing codec of the same level for another dtype."""
         return CompressedTensorCodec(self.level, dtype, max_decoded_bytes=self.max_decoded_bytes)
 
-    def _pack(self, raw: bytes) -> bytes:
+    def _pack(self, raw: memoryview) -> bytes:
         return zlib.compress(raw, self.level)
 
-    def _unpack(self, data: bytes, expected: int, dims: tuple[int, ...]) -> bytes:
+    def _unpack(self, data: bytes | memoryview, expected: int, dims: tuple[int, ...]) -> bytes:
         if expected > self.max_decoded_bytes:
             raise InvalidRequest(
                 f"shape {list(dims)} of {dtype_name(self.dtype)} needs {expected} bytes; "
@@ -177,6 +192,18 @@ class CompressedTensorCodec(TensorCodec):
                 f"{len(inflater.unused_data)} bytes follow the end of the compressed tensor"
             )
         return raw
+
+
+def taken_over(view: memoryview) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a view of bytes, writable, for somebody who alone will use it from now on.
+
+    Only for views of large objects: small ones may be shared by the whole interpreter.
+    """
+    address = np.frombuffer(view, dtype=np.uint8).ctypes.data
+    memory = (ctypes.c_char * len(view)).from_address(address)
+    # What is made of the array keeps it alive, and it the bytes.
+    memory._bytes = view  # type: ignore[attr-defined]
+    return memory
 
 
 def dtype_name(dtype: torch.dtype) -> str:

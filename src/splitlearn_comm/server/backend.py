@@ -10,10 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.compute_function import ComputeFunction
+from splitlearn_comm.core.errors import ComputeError
+
+if TYPE_CHECKING:
+    import torch
 
 HEALTHY = "ok"
 
@@ -91,6 +95,43 @@ class ComputeBackend(Protocol):
             model_id: of the model that was opened, or what the request named if none was.
             status: the name of the gRPC status, "OK" for an answer.
             duration_s: from the start of the handler to its end.
+        """
+
+
+class Inference(Protocol):
+    """A request for a plain forward, on its way: decoded, run and answered, or refused, once.
+
+    Attributes:
+        until_s: when its caller stops waiting, on `time.monotonic`; None if never.
+    """
+
+    until_s: float | None
+
+    def decode(self, codec: TensorCodec) -> torch.Tensor:
+        """The tensor, given how the model's tensors travel; to be asked for once.
+
+        Raises:
+            InvalidRequest: its bytes are none of that shape.
+        """
+
+    def check_wanted(self) -> None:
+        """Raise `DeadlinePassed` if nobody waits for the answer any more."""
+
+    def answer(self, model_id: str, output: torch.Tensor, computed_ms: float) -> None:
+        """Send the output of the model, a tensor on the processor. Never raises."""
+
+    def refuse(self, error: ComputeError, model_id: str = "") -> None:
+        """End the request without an answer. Never raises."""
+
+
+class Inferences(Protocol):
+    """Takes plain forwards over, to answer them later and together."""
+
+    def enter(self, model_id: str, inference: Inference) -> bool:
+        """Take one over, without waiting. False: it has to be waited for, see `ComputeBackend.open`.
+
+        Raises:
+            ComputeError: one of its types; the request has not been taken then.
         """
 
 

@@ -2,7 +2,8 @@
 
 Three kinds of calls get threads of their own, so that none starves another:
 
-    compute   Compute, ComputeBackward                    max_workers threads, max_waiting calls queue
+    compute   Compute, ComputeBackward                    max_workers threads, max_waiting calls queue; those
+                                                          that need no thread are taken over without one
     streams   StreamMonitoring                            max_streams threads, nothing queues
     control   HealthCheck, GetServiceInfo, and whatever else is registered on the server
 
@@ -12,17 +13,18 @@ itself refuses calls beyond all bounds together. This module never looks into a 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
 from google.protobuf.message import Message
 
 from splitlearn_comm.core.errors import ServerStartError
 from splitlearn_comm.protocol import compute_pb2
+from splitlearn_comm.server.direct import Call, DirectPool, available
+from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_comm.server.servicer import ComputeServicer
 
 SERVICE = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"].full_name
@@ -44,50 +46,6 @@ if TYPE_CHECKING:
 else:
     GenericHandler = grpc.GenericRpcHandler
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-class BoundedPool(ThreadPoolExecutor):
-    """A thread pool that knows how much work it has, running and waiting.
-
-    Args:
-        name: of its threads.
-        max_workers: threads.
-        max_waiting: pieces of work beyond those that run, after which `full` is true. The pool does not
-            refuse anything itself.
-    """
-
-    def __init__(self, name: str, max_workers: int, max_waiting: int) -> None:
-        super().__init__(max_workers, thread_name_prefix=name)
-        self.limit = max_workers + max_waiting
-        self._changed = threading.Condition()
-        self._outstanding = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether there is as much work as there may be."""
-        with self._changed:
-            return self._outstanding >= self.limit
-
-    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Queue a piece of work, full or not."""
-        with self._changed:
-            self._outstanding += 1
-        future = super().submit(fn, *args, **kwargs)
-        future.add_done_callback(self._done)
-        return future
-
-    def wait_idle(self, timeout_s: float) -> bool:
-        """Wait until nothing runs or waits; False if that takes longer than `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._outstanding, timeout_s)
-
-    def _done(self, _: Future[T]) -> None:
-        with self._changed:
-            self._outstanding -= 1
-            self._changed.notify_all()
-
 
 @dataclass(frozen=True)
 class _OnPool:
@@ -98,6 +56,20 @@ class _OnPool:
 
     def __call__(self, request: object, context: grpc.ServicerContext) -> object:
         return self.handle(request, context)
+
+
+@dataclass(frozen=True)
+class _TakesOver(_OnPool):
+    """A handler that takes calls over where the pool lets it, see `splitlearn_comm.server.direct`."""
+
+    begin: Callable[[bytes, Call], None]
+
+
+@dataclass(frozen=True)
+class _Full(_OnPool):
+    """Refuses calls, with this text."""
+
+    full: str
 
 
 @dataclass(frozen=True)
@@ -128,12 +100,15 @@ class _Routes(GenericHandler):
         return self._refusal(route) if route.pool.full else route.handler
 
     def _refusal(self, route: _Route) -> Handler:
-        def refuse(_: Iterator[bytes], context: grpc.ServicerContext) -> None:
-            context.abort(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"the server has {route.pool.limit} {route.kind} under way, its limit; try again later",
-            )
+        text = (
+            f"the server has {route.pool.limit} {route.kind} under way, its limit; try again later"
+        )
 
+        def refuse(_: object, context: grpc.ServicerContext) -> None:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
+        if isinstance(route.pool, DirectPool):
+            return grpc.unary_unary_rpc_method_handler(_Full(refuse, route.pool, text))
         # As if the request were a stream, because only then gRPC does not read its message first.
         return grpc.stream_unary_rpc_method_handler(_OnPool(refuse, self._refusals))
 
@@ -215,7 +190,7 @@ def build_server(
     Raises:
         ServerStartError: if the address cannot be listened on.
     """
-    compute = BoundedPool("compute", max_workers, max_waiting)
+    compute = (DirectPool if available() else BoundedPool)("compute", max_workers, max_waiting)
     streams = BoundedPool("monitoring-stream", max_streams, 0)
     control = BoundedPool("control", _CONTROL_WORKERS, _CONTROL_WAITING)
     refusals = BoundedPool("refusal", 1, _REFUSALS_WAITING)
@@ -258,9 +233,14 @@ def join_address(host: str, port: int) -> str:
 def _routes(
     servicer: ComputeServicer, compute: BoundedPool, streams: BoundedPool, control: BoundedPool
 ) -> dict[str, _Route]:
-    def unary(handle: Callable[..., Message], request: type[Message], pool: BoundedPool) -> Handler:
+    def unary(
+        handle: Callable[..., Message | bytes],
+        request: type[Message],
+        pool: BoundedPool,
+        begin: Callable[[bytes, Call], None] | None = None,
+    ) -> Handler:
         return grpc.unary_unary_rpc_method_handler(
-            _OnPool(handle, pool),
+            _TakesOver(handle, pool, begin) if begin is not None else _OnPool(handle, pool),
             request_deserializer=request.FromString,
             response_serializer=_serialized,
         )
@@ -270,8 +250,10 @@ def _routes(
         request_deserializer=compute_pb2.MonitoringStreamRequest.FromString,
         response_serializer=_serialized,
     )
-    forward = unary(servicer.Compute, compute_pb2.ComputeRequest, compute)
-    backward = unary(servicer.ComputeBackward, compute_pb2.BackwardRequest, compute)
+    forward = unary(servicer.Compute, compute_pb2.ComputeRequest, compute, servicer.begin_compute)
+    backward = unary(
+        servicer.ComputeBackward, compute_pb2.BackwardRequest, compute, servicer.begin_backward
+    )
     health = unary(servicer.HealthCheck, compute_pb2.HealthRequest, control)
     info = unary(servicer.GetServiceInfo, compute_pb2.ServiceInfoRequest, control)
     return {
@@ -283,5 +265,5 @@ def _routes(
     }
 
 
-def _serialized(message: Message) -> bytes:
-    return message.SerializeToString()
+def _serialized(message: Message | bytes) -> bytes:
+    return message if isinstance(message, bytes) else message.SerializeToString()

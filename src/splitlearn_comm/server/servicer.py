@@ -2,8 +2,12 @@
 
 A request goes: still wanted? → open the target → still wanted? → decode → run → encode. "Still wanted" means
 that the caller is there and its deadline has not passed; otherwise the model is not run. Every refusal
-leaves through `_answer`, which turns it into one gRPC status, tells the backend, and logs what a model
-raised with its traceback; the caller never sees a traceback.
+becomes one gRPC status, and the backend is told; what a model raised is logged with its traceback, which the
+caller never sees.
+
+A plain forward (no training, no cache) is offered to the backend first (`Inferences`), which may answer it
+from a thread of its own, together with others. What it does not take goes the way above, on a thread that
+waits.
 
 The servicer keeps no tensors. It remembers which model answered each training forward, so that a backward
 that names no model finds it.
@@ -22,17 +26,20 @@ from typing import NoReturn, TypeVar
 
 import grpc
 import torch
+from google.protobuf.message import DecodeError
 
-from splitlearn_comm.core.codec import checked_shape
+from splitlearn_comm.core import frames
+from splitlearn_comm.core.codec import TensorCodec, checked_shape
 from splitlearn_comm.core.compute_function import Computed, invoke
 from splitlearn_comm.core.errors import ComputeError, ComputeFailed, DeadlinePassed, InvalidRequest
 from splitlearn_comm.core.messages import decode_cache, encode_cache
 from splitlearn_comm.core.out_of_memory import telling_out_of_memory
 from splitlearn_comm.protocol import compute_pb2
-from splitlearn_comm.server.backend import ComputeBackend, Opened
+from splitlearn_comm.server.backend import ComputeBackend, Inferences, Opened
+from splitlearn_comm.server.direct import Call as DirectCall
 from splitlearn_comm.server.forwards import ForwardTarget, ForwardTargets
 from splitlearn_comm.server.messages import codec_for, interval_s, snapshot_message
-from splitlearn_comm.server.monitoring import LoadMonitor
+from splitlearn_comm.server.monitoring import LoadMonitor, LoadSnapshot
 from splitlearn_comm.server.statuses import details_of, from_model_error, status_of
 
 _log = logging.getLogger(__name__)
@@ -43,6 +50,7 @@ _MAX_REMEMBERED_FORWARDS = 4096
 _RESPONSE_SNAPSHOT_AGE_S = 1.0
 # gRPC says "no deadline" by a time that is years away.
 _NO_DEADLINE_S = 365 * 24 * 3600.0
+_MONITORING_DATA = compute_pb2.ComputeResponse.MONITORING_DATA_FIELD_NUMBER
 
 ResponseT = TypeVar("ResponseT")
 
@@ -79,6 +87,7 @@ class ComputeServicer:
         backend: what is served.
         monitor: gives the machine's load.
         clock: gives the time in seconds, for durations and uptime.
+        inferences: takes plain forwards over, if there is something that does.
     """
 
     def __init__(
@@ -86,8 +95,11 @@ class ComputeServicer:
         backend: ComputeBackend,
         monitor: LoadMonitor,
         clock: Callable[[], float] = time.monotonic,
+        inferences: Inferences | None = None,
     ) -> None:
         self._backend = backend
+        self._inferences = inferences
+        self._load: tuple[LoadSnapshot | None, bytes] = (None, b"")
         self._monitor = monitor
         self._clock = clock
         self._started_s = clock()
@@ -99,19 +111,40 @@ class ComputeServicer:
 
     # -- the rpcs -------------------------------------------------------------------------------------
 
-    def Compute(
-        self, request: compute_pb2.ComputeRequest, context: grpc.ServicerContext
-    ) -> compute_pb2.ComputeResponse:
-        """Run a model on one tensor."""
-        call = Call(context, request.model_id)
-        return self._answer(call, lambda: self._compute(request, call))
+    def Compute(self, request: compute_pb2.ComputeRequest, context: grpc.ServicerContext) -> bytes:
+        """Run a model on one tensor; gives an encoded ComputeResponse."""
+        waits = WaitingCall(context)
+        if self._taken_over(request, request.data, waits, self._begun()):
+            return waits.answer()
+        return self._computed(request, request.data, context)
 
     def ComputeBackward(
         self, request: compute_pb2.BackwardRequest, context: grpc.ServicerContext
     ) -> compute_pb2.BackwardResponse:
         """Return d loss / d input of an earlier training forward."""
+        self._begun()
         call = Call(context, request.model_id)
         return self._answer(call, lambda: self._backward(request, call))
+
+    def begin_compute(self, message: bytes, call: DirectCall) -> None:
+        """As `Compute`, for an encoded ComputeRequest, and without waiting for the answer."""
+        started_s = self._begun()
+        try:
+            request, data = frames.read(compute_pb2.ComputeRequest(), message)
+        except DecodeError:
+            call.refuse(grpc.StatusCode.INVALID_ARGUMENT, "the message is no ComputeRequest")
+            return
+        if not self._taken_over(request, data, call, started_s):
+            call.run(lambda request, context: self._computed(request, data, context), request)
+
+    def begin_backward(self, message: bytes, call: DirectCall) -> None:
+        """As `ComputeBackward`, for an encoded BackwardRequest, and without waiting for the answer."""
+        try:
+            request = compute_pb2.BackwardRequest.FromString(message)
+        except DecodeError:
+            call.refuse(grpc.StatusCode.INVALID_ARGUMENT, "the message is no BackwardRequest")
+            return
+        call.run(self.ComputeBackward, request)
 
     def HealthCheck(
         self, request: compute_pb2.HealthRequest, context: grpc.ServicerContext
@@ -184,10 +217,42 @@ class ComputeServicer:
 
     # -- answering ------------------------------------------------------------------------------------
 
-    def _answer(self, call: Call, work: Callable[[], ResponseT]) -> ResponseT:
-        started_s = self._clock()
+    def _begun(self) -> float:
+        """Count a request; when it began."""
         with self._state:
             self._total_requests += 1
+        return self._clock()
+
+    def _taken_over(
+        self,
+        request: compute_pb2.ComputeRequest,
+        data: bytes | memoryview,
+        call: DirectCall,
+        started_s: float,
+    ) -> bool:
+        """Whether the request will be answered, or has been refused, without further ado."""
+        if self._inferences is None or not _is_plain(request):
+            return False
+        inference = Forward(self, call, request, data, started_s)
+        try:
+            inference.check_wanted()
+            checked_shape(request.shape)
+            return self._inferences.enter(request.model_id, inference)
+        except ComputeError as error:
+            inference.refuse(error)
+            return True
+
+    def _computed(
+        self,
+        request: compute_pb2.ComputeRequest,
+        data: bytes | memoryview,
+        context: grpc.ServicerContext,
+    ) -> bytes:
+        call = Call(context, request.model_id)
+        return self._answer(call, lambda: self._compute(request, data, call))
+
+    def _answer(self, call: Call, work: Callable[[], ResponseT]) -> ResponseT:
+        started_s = self._clock()
         try:
             response = work()
         except ComputeError as error:
@@ -202,14 +267,24 @@ class ComputeServicer:
         return self._refuse(call, refusal, started_s)
 
     def _refuse(self, call: Call, refusal: ComputeError, started_s: float) -> NoReturn:
-        unnamed = call.model_id and repr(call.model_id) not in refusal.message
-        if isinstance(refusal, ComputeFailed) and unnamed:
-            refusal = from_model_error(call.model_id, refusal)
-        status = status_of(refusal)
-        _log.debug("model_id=%s status=%s reason=%s", call.model_id, status.name, refusal.reason)
-        self._backend.observe(call.model_id, status.name, self._clock() - started_s)
-        call.context.abort(status, details_of(refusal))
+        call.context.abort(*self.refused(call.model_id, refusal, started_s))
         raise AssertionError("abort does not return")
+
+    def refused(
+        self, model_id: str, refusal: ComputeError, started_s: float
+    ) -> tuple[grpc.StatusCode, str]:
+        """Take note of a request that gets no answer; what its caller is told."""
+        unnamed = model_id and repr(model_id) not in refusal.message
+        if isinstance(refusal, ComputeFailed) and unnamed:
+            refusal = from_model_error(model_id, refusal)
+        status = status_of(refusal)
+        _log.debug("model_id=%s status=%s reason=%s", model_id, status.name, refusal.reason)
+        self._backend.observe(model_id, status.name, self._clock() - started_s)
+        return status, details_of(refusal)
+
+    def answered(self, model_id: str, started_s: float) -> None:
+        """Take note of a request that was answered."""
+        self._backend.observe(model_id, "OK", self._clock() - started_s)
 
     @contextmanager
     def _opened(self, call: Call, model_id: str, forward_id: str | None = None) -> Iterator[Opened]:
@@ -223,14 +298,14 @@ class ComputeServicer:
             yield opened
 
     def _compute(
-        self, request: compute_pb2.ComputeRequest, call: Call
-    ) -> compute_pb2.ComputeResponse:
+        self, request: compute_pb2.ComputeRequest, data: bytes | memoryview, call: Call
+    ) -> bytes:
         # Before opening, which may load a model: a request that fits none should not cost that.
         checked_shape(request.shape)
         response = compute_pb2.ComputeResponse()
         with self._opened(call, request.model_id) as opened:
             codec = codec_for(request, opened.codec)
-            tensor = codec.decode(request.data, request.shape)
+            tensor = codec.decode(data, request.shape)
             past = decode_cache(request.past_key_values, codec)
             started_s = self._clock()
             with telling_out_of_memory(opened.model_id, request.shape):
@@ -246,16 +321,27 @@ class ComputeServicer:
                 else:
                     computed = invoke(opened.function, tensor, past, request.use_cache)
                 # Moving to the processor waits for a GPU, whose work is part of the time.
-                output = _on_cpu(computed.output)
-            response.compute_time_ms = (self._clock() - started_s) * 1000
-            response.data, shape = codec.encode(output)
-            response.shape.extend(shape)
+                output = on_cpu(computed.output)
+            computed_ms = (self._clock() - started_s) * 1000
             if computed.present is not None:
                 response.present_key_values.extend(encode_cache(computed.present, codec))
+            return self.encoded(request, response, codec, output, computed_ms)
+
+    def encoded(
+        self,
+        request: compute_pb2.ComputeRequest,
+        response: compute_pb2.ComputeResponse,
+        codec: TensorCodec,
+        output: torch.Tensor,
+        computed_ms: float,
+    ) -> bytes:
+        """The response's bytes, with what every response has added to `response`."""
+        data, shape = codec.view(output)
+        response.shape.extend(shape)
+        response.compute_time_ms = computed_ms
         if request.HasField("request_id"):
             response.request_id = request.request_id
-        response.monitoring_data.CopyFrom(self._recent_load())
-        return response
+        return frames.write(data, response.SerializeToString(), self._recent_load_field())
 
     def _backward(
         self, request: compute_pb2.BackwardRequest, call: Call
@@ -269,7 +355,7 @@ class ComputeServicer:
             grad_output = opened.codec.decode(request.grad_output_data, request.grad_output_shape)
             started_s = self._clock()
             with telling_out_of_memory(opened.model_id, request.grad_output_shape):
-                grad_input = _on_cpu(
+                grad_input = on_cpu(
                     opened.function.backward(
                         request.forward_id,
                         grad_output,
@@ -286,8 +372,113 @@ class ComputeServicer:
     def _recent_load(self) -> compute_pb2.MonitoringSnapshot:
         return snapshot_message(self._monitor.snapshot(max_age_s=_RESPONSE_SNAPSHOT_AGE_S))
 
+    def _recent_load_field(self) -> bytes:
+        """The machine's load as a field of a ComputeResponse; encoded once for each snapshot."""
+        load = self._monitor.snapshot(max_age_s=_RESPONSE_SNAPSHOT_AGE_S)
+        known, field = self._load
+        if known is not load:
+            field = frames.nested(_MONITORING_DATA, snapshot_message(load).SerializeToString())
+            self._load = (load, field)
+        return field
 
-def _on_cpu(tensor: object) -> torch.Tensor:
+
+def _is_plain(request: compute_pb2.ComputeRequest) -> bool:
+    return not (request.training_mode or request.use_cache or len(request.past_key_values))
+
+
+class Forward:
+    """A plain forward that the backend has been offered, see `Inference`."""
+
+    __slots__ = ("_call", "_codec", "_data", "_request", "_servicer", "_started_s", "until_s")
+
+    def __init__(
+        self,
+        servicer: ComputeServicer,
+        call: DirectCall,
+        request: compute_pb2.ComputeRequest,
+        data: bytes | memoryview,
+        started_s: float,
+    ) -> None:
+        self._servicer = servicer
+        self._call = call
+        self._request = request
+        self._data: bytes | memoryview | None = data
+        self._codec: TensorCodec | None = None
+        self._started_s = started_s
+        remaining_s = call.remaining_s()
+        self.until_s = None if remaining_s > _NO_DEADLINE_S else time.monotonic() + remaining_s
+
+    def decode(self, codec: TensorCodec) -> torch.Tensor:
+        """The request's tensor, to be asked for once, given how the model's tensors travel."""
+        self._codec = codec_for(self._request, codec)
+        data, self._data = self._data, None
+        assert data is not None
+        return self._codec.decode(data, self._request.shape)
+
+    def check_wanted(self) -> None:
+        """Raise `DeadlinePassed` if nobody waits for the answer any more."""
+        if self.until_s is not None and time.monotonic() >= self.until_s:
+            raise DeadlinePassed("the deadline passed before the model ran; nothing was computed")
+        if not self._call.active():
+            raise DeadlinePassed("the caller is gone; nothing was computed", "CallerGone")
+
+    def answer(self, model_id: str, output: torch.Tensor, computed_ms: float) -> None:
+        """Send the model's output. What cannot be sent is told as an error of the model."""
+        assert self._codec is not None
+        try:
+            response = self._servicer.encoded(
+                self._request, compute_pb2.ComputeResponse(), self._codec, output, computed_ms
+            )
+        except Exception as error:
+            self.refuse(from_model_error(model_id, error), model_id)
+            return
+        self._call.send(response)
+        self._servicer.answered(model_id, self._started_s)
+
+    def refuse(self, error: ComputeError, model_id: str = "") -> None:
+        """End the request without an answer."""
+        who = model_id or self._request.model_id
+        self._call.refuse(*self._servicer.refused(who, error, self._started_s))
+
+
+class WaitingCall:
+    """A call of gRPC's whose thread waits for the answer, as one that is answered from any thread."""
+
+    def __init__(self, context: grpc.ServicerContext) -> None:
+        self._context = context
+        self._ended = threading.Event()
+        self._response: bytes | None = None
+        self._refusal: tuple[grpc.StatusCode, str] | None = None
+
+    def remaining_s(self) -> float:
+        remaining = self._context.time_remaining()
+        return float("inf") if remaining is None else float(remaining)
+
+    def active(self) -> bool:
+        return bool(self._context.is_active())
+
+    def send(self, response: bytes) -> None:
+        self._response = response
+        self._ended.set()
+
+    def refuse(self, status: grpc.StatusCode, details: str) -> None:
+        self._refusal = status, details
+        self._ended.set()
+
+    def run(self, handle: Callable[..., object], request: object) -> None:
+        raise AssertionError("it has a thread already")
+
+    def answer(self) -> bytes:
+        """Wait for the answer, and give it; a refusal ends the call."""
+        self._ended.wait()
+        if self._refusal is not None:
+            self._context.abort(*self._refusal)
+        assert self._response is not None
+        return self._response
+
+
+def on_cpu(tensor: object) -> torch.Tensor:
+    """What a model returned, as an answer: on the processor, without a graph."""
     if not isinstance(tensor, torch.Tensor):
         raise ComputeFailed(f"the model returned a {type(tensor).__name__}; expected a tensor")
     return tensor.detach().to("cpu")

@@ -93,6 +93,12 @@ def refused(node: FakeNode, message: object, context: FakeContext | None = None)
     return context
 
 
+def computed(
+    service: ComputeServicer, message: compute_pb2.ComputeRequest
+) -> compute_pb2.ComputeResponse:
+    return compute_pb2.ComputeResponse.FromString(service.Compute(message, FakeContext()))
+
+
 def trainable(scale: float) -> ModelComputeFunction:
     model = nn.Linear(2, 2, bias=False)
     with torch.no_grad():
@@ -103,7 +109,7 @@ def trainable(scale: float) -> ModelComputeFunction:
 def train(service: ComputeServicer, **fields: object) -> compute_pb2.ComputeResponse:
     data, shape = TensorCodec().encode(torch.ones(1, 2))
     message = compute_pb2.ComputeRequest(data=data, shape=shape, training_mode=True, **fields)
-    return service.Compute(message, FakeContext())
+    return computed(service, message)
 
 
 def grad_of(response: compute_pb2.BackwardResponse) -> list[list[float]]:
@@ -371,7 +377,7 @@ class TestAnnouncedDtype:
         data, shape = announced.encode(torch.tensor([1.5, 2.5]))
         message = compute_pb2.ComputeRequest(data=data, shape=shape)
         message.metadata["dtype"] = str(dtype).removeprefix("torch.")
-        response = servicer(node).Compute(message, FakeContext())
+        response = computed(servicer(node), message)
         answer = announced.decode(response.data, response.shape)
         assert answer.dtype is dtype
         assert answer.tolist() == [3.0, 5.0]
@@ -388,7 +394,7 @@ class TestAnnouncedDtype:
     def test_other_metadata_changes_nothing(self) -> None:
         message = request([2.0])
         message.metadata["trace"] = "float16"
-        response = servicer(FakeNode({"m": Doubler()})).Compute(message, FakeContext())
+        response = computed(servicer(FakeNode({"m": Doubler()})), message)
         assert TensorCodec().decode(response.data, response.shape).tolist() == [4.0]
 
 
@@ -401,7 +407,7 @@ def test_models_codec_is_used_for_all_of_its_tensors() -> None:
     data, shape = codec.encode(torch.tensor([1.0, 2.0]))
     message = compute_pb2.ComputeRequest(data=data, shape=shape, use_cache=True)
     message.past_key_values.add(key_data=data, key_shape=shape, value_data=data, value_shape=shape)
-    response = servicer(FakeNode({"m": Echo()}, {"m": codec})).Compute(message, FakeContext())
+    response = computed(servicer(FakeNode({"m": Echo()}, {"m": codec})), message)
     (entry,) = response.present_key_values
     for got, got_shape in (
         (response.data, response.shape),
