@@ -240,7 +240,10 @@ class ComputeServicer:
             return self._inferences.enter(request.model_id, inference)
         except ComputeError as error:
             inference.refuse(error)
-            return True
+        except Exception as error:
+            _log.exception("model_id=%s", request.model_id)
+            inference.refuse(from_model_error(request.model_id, error))
+        return True
 
     def _computed(
         self,

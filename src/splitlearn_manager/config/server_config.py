@@ -52,6 +52,8 @@ LIVE_KEYS = frozenset(
         "resync_s",
         "prune_guard_percent",
         "max_parallel_loads",
+        "parallel_forwards",
+        "intra_op_threads",
     }
 )
 """Keys whose change a running node takes over at once."""
@@ -116,7 +118,8 @@ class ServerConfig(BaseModel):
     port: Port = 50051
     """Port of the gRPC service; 0 lets the system choose one."""
     max_workers: Count = 10
-    """Threads that answer requests."""
+    """Threads for requests that wait for a model, train it, or use its key/value cache; and the most forwards
+    at a time of one model whose requests are not joined into batches."""
     max_models: Count = 5
     """How many models may be in memory at once, those being loaded or unloaded included."""
     metrics_port: Port = 8000
@@ -141,6 +144,11 @@ class ServerConfig(BaseModel):
     """Share of at least three managed models that must be confirmed to be unloaded at once."""
     max_parallel_loads: Count = 2
     """How many models are loaded at the same time."""
+    parallel_forwards: Count | None = None
+    """How many forwards run at the same time, over all models. null: as many as there are processors."""
+    intra_op_threads: Count | None = None
+    """How many threads PyTorch uses within one forward on the CPU. null: the processors, shared among the
+    models that are READY; or what the environment variable OMP_NUM_THREADS says."""
     state_dir: Annotated[Text, BeforeValidator(_path_as_text)] | None = None
     """Directory of the node's own, which keeps last good specs across restarts; relative to this file.
     null: one for each desired directory, under `$XDG_STATE_HOME/splitlearn-manager`."""

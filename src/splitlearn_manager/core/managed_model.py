@@ -31,6 +31,7 @@ class ManagedModel:
         loading_since_s, ready_since_s, draining_since_s: on the manager's monotonic clock.
         measured_mb: size of its weights once loaded, in MB (2**20 bytes); None before.
         measured: all that its load measured, and what was estimated before; None until then.
+        queue: what the side that serves keeps with it; not looked at here.
         held: it takes no new requests for the time being, because others wait for its room.
         error: why it FAILED.
         largest_batch: up to what size of dimension 0 batches are thought to fit, because a larger one ran
@@ -60,6 +61,7 @@ class ManagedModel:
         self.requests = 0
         self.errors = 0
         self.busy_s = 0.0
+        self.queue: object = None
         self.held = False
         self._leases = 0
         self._granting = False

@@ -266,15 +266,15 @@ class ModelManager:
             self._notify()
 
     def ran_out_of_memory(self, instance: ManagedModel, batch: int) -> None:
-        """A request's pass found no memory: what it left is given back, and the largest batch halved.
+        """A batch found no memory: what it left is given back, and the largest batch halved.
 
         No request is refused for its size: a batch that failed may pass when others need less.
         """
         limit = instance.shrink_batches(batch)
         if limit is not None:
             message = (
-                f"ran out of memory on a batch of {batch}: that request failed; from now on batches of at "
-                f"most {limit} are thought to fit"
+                f"ran out of memory on a batch of {batch}; from now on requests are joined into batches of "
+                f"at most {limit}"
             )
             self._work.report(EventKind.OUT_OF_MEMORY, instance, "OutOfMemory", message)
         empty_caches("mps" if instance.config.device == "mps" else instance.device)

@@ -28,6 +28,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 # Far more than can be removed while one request is still running.
 _REMOVED_IDS_KEPT = 1024
 
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LATENCY_S = (
     *(0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
@@ -78,6 +79,15 @@ class _Instruments:
         self.latency = histogram(
             "inference_duration_seconds",
             "Time from a request's arrival to its answer.",
+            _LATENCY_S,
+            "model_id",
+        )
+        self.batch_size = histogram(
+            "splitlearn_batch_size", "Rows of each batch that ran.", _ROWS, "model_id"
+        )
+        self.queued = histogram(
+            "splitlearn_queue_seconds",
+            "Time that the first request of each batch waited for it to run.",
             _LATENCY_S,
             "model_id",
         )
@@ -189,6 +199,7 @@ class MetricsCollector:
         # Held while series come or go, never while a request is recorded into series that exist.
         self._lock = threading.Lock()
         self._requests: dict[tuple[str, str], tuple[Counter, Histogram]] = {}
+        self._batches: dict[str, tuple[Histogram, Histogram]] = {}
         self._label_sets: dict[str, set[tuple[Counter | Gauge | Histogram, tuple[str, ...]]]] = {}
         self._removed: dict[str, None] = {}
         self._status: StatusSeries | None = None
@@ -219,6 +230,13 @@ class MetricsCollector:
         if pair is not None:
             pair[0].inc()
             pair[1].observe(duration_s)
+
+    def record_batch(self, model_id: str, rows: int, waited_s: float) -> None:
+        """A batch of so many rows runs; its first request has waited so long. Of a removed model: dropped."""
+        pair = self._batches.get(model_id) or self._add_batches(model_id)
+        if pair is not None:
+            pair[0].observe(rows)
+            pair[1].observe(waited_s)
 
     def record_eviction(self) -> None:
         """A model was unloaded to make room, or because it was idle."""
@@ -262,6 +280,7 @@ class MetricsCollector:
                 del self._removed[next(iter(self._removed))]
             for key in [key for key in self._requests if key[0] == model_id]:
                 del self._requests[key]
+            self._batches.pop(model_id, None)
             for metric, labels in self._label_sets.pop(model_id, set()):
                 metric.remove(*labels)
 
@@ -347,6 +366,19 @@ class MetricsCollector:
                 self._metrics.latency.labels(model_id),
             )
             self._requests[model_id, status] = pair
+            return pair
+
+    def _add_batches(self, model_id: str) -> tuple[Histogram, Histogram] | None:
+        with self._lock:
+            if model_id in self._removed:
+                return None
+            self._note(self._metrics.batch_size, model_id)
+            self._note(self._metrics.queued, model_id)
+            pair = (
+                self._metrics.batch_size.labels(model_id),
+                self._metrics.queued.labels(model_id),
+            )
+            self._batches[model_id] = pair
             return pair
 
     def _note(self, metric: Counter | Gauge | Histogram, model_id: str, *labels: str) -> None:

@@ -93,6 +93,11 @@ class RunningModel(Protocol):
         """Whether it has answered an input before its first request."""
         ...
 
+    @property
+    def joins(self) -> bool:
+        """Whether requests of equal shape may be joined along their first dimension."""
+        ...
+
     def measure_activations(self) -> Activations | None:
         """Run a few forwards to measure what one takes beside the weights; None if that cannot be told.
 

@@ -120,6 +120,7 @@ class RunningInProcess:
         self._closed = False
         self.memory_mb = float(answer["weights_mb"])
         self.warmed = bool(answer["warmed"])
+        self.joins = bool(answer["joins"])
         self.notes = notes
 
     @property

@@ -15,6 +15,7 @@ from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, ModelUnavailable
 from splitlearn_manager.runtime.activations import measure_activations
 from splitlearn_manager.runtime.base import Activations, LoadedModel, Loader
+from splitlearn_manager.runtime.joining import try_joining
 from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
 from splitlearn_manager.runtime.warmup import warm_up
 
@@ -51,13 +52,16 @@ class ThreadRuntime:
         try:
             function = _compute_function(loaded, config, device)
             warmup = warm_up(function, config)
+            joining = try_joining(function, warmup.shape, config.batch_size)
         except BaseException:
             loaded.release()
             raise
         # What was read and converted on the way is free by now, but not yet the system's.
         trim_heap()
-        notes = (*loaded.notes, *warmup.notes)
-        return RunningInThreads(loaded, function, config, device, notes, warmup.shape)
+        notes = (*loaded.notes, *warmup.notes, joining.note)
+        return RunningInThreads(
+            loaded, function, config, device, notes, warmup.shape, joins=joining.joins
+        )
 
 
 def _forget_locals(error: BaseException | None) -> None:
@@ -87,6 +91,7 @@ class RunningInThreads:
 
     Args:
         answered: the shape of the input that it answered in warm-up; None if there was none.
+        joins: whether its requests may be joined.
     """
 
     def __init__(
@@ -97,6 +102,8 @@ class RunningInThreads:
         device: str,
         notes: tuple[str, ...],
         answered: tuple[int, ...] | None,
+        *,
+        joins: bool,
     ) -> None:
         self._release = loaded.release
         self._function: ModelComputeFunction | None = function
@@ -106,6 +113,7 @@ class RunningInThreads:
         self.memory_mb = loaded.weights_mb
         self.notes = notes
         self.warmed = answered is not None
+        self.joins = joins
 
     @property
     def module(self) -> nn.Module:

@@ -1,6 +1,6 @@
 """From a request to the model that answers it: routing, leases, and what a refusal looks like.
 
-    request name ─► router ─► READY instance ─► lease ─► its compute function
+    request name ─► router ─► READY instance ─► lease ─► batcher (plain forwards), or its compute function
                        │
                        └ nobody READY: evicted or pending models are asked for, within the deadline;
                          loading, draining and failed ones answer "try again"; unknown names do not exist;
@@ -21,7 +21,7 @@ from time import monotonic
 from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.deadlines import working_for
 from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
-from splitlearn_comm.server.backend import Health, Opened, ServiceInfo
+from splitlearn_comm.server.backend import Health, Inference, Opened, ServiceInfo
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.model_manager import ModelManager
@@ -29,6 +29,7 @@ from splitlearn_manager.errors import ModelNotFound, ModelUnavailable, Splitlear
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
 from splitlearn_manager.routing.router import ModelRouter
+from splitlearn_manager.server.batching import Batcher
 
 # A request without a deadline would wait for a parked model for ever.
 _LONGEST_WAIT_S = 60.0
@@ -48,6 +49,7 @@ class ManagedBackend:
     """The node as `splitlearn_comm`'s servicer sees it.
 
     Args:
+        batcher: runs plain forwards.
         max_waiters: requests that may wait for parked models at a time, at least 1; so many threads are
             lost to others meanwhile, so it should be less than there are.
         observe: called after each request with model id, status name and seconds.
@@ -59,6 +61,7 @@ class ManagedBackend:
         manager: ModelManager,
         router: ModelRouter,
         reconciler: Reconciler,
+        batcher: Batcher,
         *,
         version: str,
         max_waiters: int,
@@ -68,6 +71,7 @@ class ManagedBackend:
         self._manager = manager
         self._router = router
         self._reconciler = reconciler
+        self._batcher = batcher
         self._version = version
         self._codec = TensorCodec()
         self._waiters = threading.Semaphore(max_waiters)
@@ -82,6 +86,25 @@ class ManagedBackend:
     @property
     def version(self) -> str:
         return self._version
+
+    def enter(self, model_id: str, inference: Inference) -> bool:
+        """Queues a plain forward for the READY model that answers it; False if there is none just now.
+
+        Raises Overloaded, NotReady, or InvalidRequest for bytes that are no tensor.
+        """
+        try:
+            lease = self._manager.try_lease(self._router.route(model_id, self._manager.table))
+        except (ModelNotFound, ModelUnavailable):
+            return False
+        if lease is None:
+            return False
+        try:
+            self._batcher.submit(lease, inference, inference.decode(self._codec))
+        except BaseException:
+            lease.ok = False
+            lease.release()
+            raise
+        return True
 
     @contextmanager
     def open(

@@ -57,6 +57,7 @@ class LiveSettings:
         server.model_manager.set_limits(config.max_models)
         server.reconciler.resync_s = config.resync_s
         server.reconciler.max_parallel_loads = config.max_parallel_loads
+        server.threads.configure(config.parallel_forwards, config.intra_op_threads)
         if (source := server.desired_source) is not None:
             source.settle_s = config.settle_s
             source.prune_guard_percent = config.prune_guard_percent

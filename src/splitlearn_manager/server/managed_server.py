@@ -43,6 +43,7 @@ from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
 from splitlearn_manager.reconcile.status import NodeInfo
 from splitlearn_manager.reconcile.store import DirectoryFiles, Store
 from splitlearn_manager.routing.router import ModelRouter
+from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.compute_service import ManagedBackend
 from splitlearn_manager.server.health_service import HealthService, enable_reflection
 from splitlearn_manager.server.live_settings import LiveSettings
@@ -51,6 +52,7 @@ from splitlearn_manager.server.observers import MetricsFeed
 from splitlearn_manager.server.presence import Presence
 from splitlearn_manager.server.state_dir import record_of, state_dir_for
 from splitlearn_manager.server.states import NodeStates
+from splitlearn_manager.server.threads import ThreadPlan, processors
 from splitlearn_manager.version import VERSION
 
 log = logging.getLogger(__name__)
@@ -81,7 +83,8 @@ class ManagedServer:
         on_progress: called with (done, total) while many files are read at the start.
 
     Attributes:
-        model_manager, resource_manager, router, health_checker, metrics, reconciler: its parts.
+        model_manager, resource_manager, router, health_checker, metrics, reconciler, batcher,
+            threads: its parts.
         state_dir: where it keeps what outlives it; None without a directory.
         port, metrics_port: what it listens on, once started.
     """
@@ -112,6 +115,14 @@ class ManagedServer:
         self.resource_manager = self.model_manager.resources
         self.router = ModelRouter(self.config.routing)
         self.metrics = MetricsCollector()
+        self.threads = ThreadPlan(processors(), lambda: len(self.model_manager.table.all))
+        self.threads.configure(self.config.parallel_forwards, self.config.intra_op_threads)
+        self.batcher = Batcher(
+            self.threads,
+            apart=self.config.max_workers,
+            out_of_memory=self.model_manager.ran_out_of_memory,
+            ran=self.metrics.record_batch,
+        )
         self._source, self._watcher = self._open_source(directory, on_progress)
         self.state_dir: Path | None = None
         store: Store | None = None
@@ -232,6 +243,7 @@ class ManagedServer:
             if self._network is not None:
                 self._network.stop(grace)
                 self._network = None
+            self.batcher.stop()
             self.model_manager.shutdown(grace)
             self.health_checker.stop()
             self._close_ports()
@@ -373,6 +385,7 @@ class ManagedServer:
             self.model_manager,
             self.router,
             self.reconciler,
+            self.batcher,
             version=VERSION,
             max_waiters=max(1, self.config.max_workers // 2),
             observe=self._feed.after_request,
@@ -380,7 +393,7 @@ class ManagedServer:
         )
         try:
             network = build_server(
-                ComputeServicer(self._backend, SystemMonitor()),
+                ComputeServicer(self._backend, SystemMonitor(), inferences=self._backend),
                 join_address(self.config.host, self.config.port),
                 max_workers=self.config.max_workers,
             )

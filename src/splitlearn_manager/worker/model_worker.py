@@ -121,6 +121,7 @@ class Worker:
             "weights_mb": running.memory_mb,
             "notes": list(running.notes),
             "warmed": running.warmed,
+            "joins": running.joins,
             "lent": self._lent.entries,
             "borrowed": borrowed.used_by(running.module),
         }

@@ -33,6 +33,8 @@ def test_defaults_are_those_of_the_contract() -> None:
         "resync_s": 1.0,
         "prune_guard_percent": 50.0,
         "max_parallel_loads": 2,
+        "parallel_forwards": None,
+        "intra_op_threads": None,
         "state_dir": None,
     }
 

@@ -165,6 +165,8 @@ def test_nothing_else_is_exposed() -> None:
         "splitlearn_memory_pressure": "gauge",
         "splitlearn_evictions": "counter",
         "splitlearn_load_wait_seconds": "histogram",
+        "splitlearn_batch_size": "histogram",
+        "splitlearn_queue_seconds": "histogram",
         "splitlearn_in_flight": "gauge",
         "splitlearn_model_sync": "gauge",
         "splitlearn_model_health": "gauge",

@@ -60,7 +60,8 @@ def test_a_started_model_answers_and_is_measured(tmp_path: Path) -> None:
     assert activations is not None
     assert activations.mb(32) == 32 * (8 + 2 * 16) * 4 / 2**20
     assert running.warmed
-    assert running.notes == ()
+    assert running.joins
+    assert running.notes == ("requests of equal shape are joined into batches",)
 
 
 def test_a_started_model_can_be_trained(tmp_path: Path) -> None:

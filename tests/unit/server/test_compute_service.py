@@ -18,7 +18,9 @@ from splitlearn_manager.errors import (
 )
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.routing.router import ModelRouter
+from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.compute_service import ManagedBackend, refusal_of
+from splitlearn_manager.server.threads import ThreadPlan
 from support.fakes import Bench, FakeRunning, FakeSource, broken, model
 from support.waiting import eventually
 
@@ -36,6 +38,7 @@ class Server:
             self.manager,
             ModelRouter(),
             self.reconciler,
+            Batcher(ThreadPlan(2, lambda: 1)),
             version="9.9",
             max_waiters=max_waiters,
             observe=lambda *seen: self.observed.append(seen),
@@ -141,8 +144,7 @@ def test_a_batch_without_memory_halves_the_largest_that_is_thought_to_fit(server
     assert [fails_on(batch) for batch in (64, 100, 33, 20, 1, 1)] == [32, 32, 16, 10, 1, 1]
     assert [reason for reason, _ in told] == ["OutOfMemory"] * 4
     assert told[0][1] == (
-        "ran out of memory on a batch of 64: that request failed; from now on batches of at most 32 are "
-        "thought to fit"
+        "ran out of memory on a batch of 64; from now on requests are joined into batches of at most 32"
     )
     info = server.manager.get_model_info("m")
     assert info["notes"] == ["ran out of memory: batches of at most 1 are thought to fit"]

@@ -44,6 +44,8 @@ NEW_VALUES: dict[str, object] = {
     "resync_s": 3.0,
     "prune_guard_percent": 20.0,
     "max_parallel_loads": 7,
+    "parallel_forwards": 3,
+    "intra_op_threads": 5,
 }
 
 
@@ -62,6 +64,8 @@ def in_force(server: ManagedServer, key: str) -> object:
         "resync_s": server.reconciler.resync_s,
         "prune_guard_percent": source.prune_guard_percent,
         "max_parallel_loads": server.reconciler.max_parallel_loads,
+        "parallel_forwards": server.threads.forwards,
+        "intra_op_threads": server.threads.intra_op_threads,
     }[key]
 
 

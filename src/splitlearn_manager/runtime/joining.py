@@ -1,0 +1,128 @@
+"""Finds out, by running a model, whether its requests may be joined into batches.
+
+They may if the first dimension of its input and output is one of independent rows: it answers rows joined as
+it answers them alone, up to rounding, and the same rows alike each time. A model that mixes its rows (a mean
+over the batch, say), keeps state, draws random numbers, or takes one size only is found by that, and each of
+its requests runs alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splitlearn_comm.core import ModelComputeFunction
+from splitlearn_comm.core.compute_function import invoke
+
+_PARTS = (1, 2, 1)
+"""Rows of the inputs that are tried."""
+_ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""How much two answers may differ, as a part of the largest value: sums are taken in another order."""
+
+
+@dataclass(frozen=True)
+class Joining:
+    """What was found.
+
+    Attributes:
+        joins: whether requests may be joined.
+        note: what was found, for people.
+    """
+
+    joins: bool
+    note: str
+
+
+def try_joining(
+    function: ModelComputeFunction, shape: Sequence[int] | None, batch_size: int
+) -> Joining:
+    """Run the model on separate and on joined inputs.
+
+    Args:
+        shape: that of an input which the model has answered; None if there is none.
+        batch_size: most rows that the operator wants in a batch.
+
+    Raises nothing that the model raises.
+    """
+    if batch_size == 1:
+        return _apart("batch_size is 1")
+    if not shape:
+        return _apart("it was not warmed up")
+    parts = _PARTS if batch_size >= sum(_PARTS) else (1, 1)
+    inputs = [_random(function, (rows, *shape[1:])) for rows in parts]
+    try:
+        alone = [_run(function, x) for x in inputs]
+        joined = _run(function, torch.cat(inputs))
+        again = _run(function, inputs[0])
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        return _apart(
+            f"batches of another size fail ({type(error).__name__}: {lines[0] if lines else ''})"
+        )
+    return _judged(function, alone, joined, again)
+
+
+def _judged(
+    function: ModelComputeFunction,
+    alone: Sequence[torch.Tensor],
+    joined: torch.Tensor,
+    again: torch.Tensor,
+) -> Joining:
+    rounding = _rounding(function)
+    if not all(bool(answer.isfinite().all()) for answer in alone):
+        return _apart("its answers have values that are not finite, which cannot be compared")
+    if not _alike(alone[0], again, rounding):
+        return _apart("it answers the same input differently from call to call")
+    if any(answer.dim() == 0 for answer in alone):
+        return _apart("its output has no dimension of rows")
+    together = torch.cat(list(alone)) if _fit(alone) else None
+    if together is None or together.shape != joined.shape:
+        return _apart("the first dimension of its output is not that of its input")
+    if not _alike(together, joined, rounding):
+        difference = (together.double() - joined.double()).abs().max().item()
+        return _apart(f"rows that are joined are answered differently (by {difference:.3g})")
+    return Joining(True, "requests of equal shape are joined into batches")
+
+
+def _apart(why: str) -> Joining:
+    return Joining(False, f"requests are not joined into batches: {why}")
+
+
+def _fit(answers: Sequence[torch.Tensor]) -> bool:
+    return len({answer.shape[1:] for answer in answers}) == 1
+
+
+def _alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
+    if one.shape != other.shape or one.dtype is not other.dtype:
+        return False
+    if not one.is_floating_point():
+        return bool(torch.equal(one, other))
+    scale = one.double().abs().max().item() if one.numel() else 0.0
+    # What is not finite says nothing about rows, and is alike to nothing.
+    if not math.isfinite(scale):
+        return False
+    return bool(torch.allclose(one.double(), other.double(), rtol=0.0, atol=rounding * scale))
+
+
+def _rounding(function: ModelComputeFunction) -> float:
+    """That of the coarsest dtype that the model computes in."""
+    dtypes = {p.dtype for p in function.model.parameters()} | {torch.float32}
+    return max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes)
+
+
+def _random(function: ModelComputeFunction, shape: tuple[int, ...]) -> torch.Tensor:
+    """An input of that shape, the same in each run."""
+    draw = torch.Generator().manual_seed(sum(shape))
+    if function.input_dtype.is_floating_point:
+        return torch.randn(shape, generator=draw)
+    if function.input_dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=draw).float()
+    vocabulary = function.get_info().get("vocabulary")
+    return torch.randint(0, vocabulary if isinstance(vocabulary, int) else 2, shape, generator=draw)
+
+
+def _run(function: ModelComputeFunction, x: torch.Tensor) -> torch.Tensor:
+    return invoke(function, x.clone()).output.detach().to("cpu", copy=True)

@@ -1,0 +1,193 @@
+"""Calls that are taken over without a thread, and calls that go gRPC's own way, are answered alike."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import grpc
+import pytest
+import torch
+
+from splitlearn_comm.core import TensorCodec
+from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
+from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server, direct
+from splitlearn_comm.server import grpc_server as wiring
+from splitlearn_comm.server.backend import Inference
+from support.comm_backend import FakeNode
+from support.comm_models import Doubler, Raising
+
+COMPUTE = "/splitlearn.comm.ComputeService/Compute"
+PATIENCE_S = 20.0
+
+
+class Later:
+    """Takes inferences over, and answers each twice its input once it is let."""
+
+    def __init__(self) -> None:
+        self.taken: list[Inference] = []
+        self.arrived = threading.Semaphore(0)
+        self.takes = True
+
+    def enter(self, model_id: str, inference: Inference) -> bool:
+        if not self.takes:
+            return False
+        self.taken.append(inference)
+        self.arrived.release()
+        return True
+
+    def wait_for(self, count: int) -> None:
+        for _ in range(count):
+            assert self.arrived.acquire(timeout=PATIENCE_S)
+
+    def answer(self, number: int) -> None:
+        inference = self.taken[number]
+        inference.answer("m", inference.decode(TensorCodec()) * 2, 1.0)
+
+
+class Lab:
+    def __init__(self, **options: int) -> None:
+        self.inferences = Later()
+        self.node = FakeNode({"m": Doubler(), "bad": Raising(ValueError("no"))})
+        servicer = ComputeServicer(self.node, SystemMonitor(), inferences=self.inferences)
+        self.server = build_server(servicer, "127.0.0.1:0", **options)
+        self.server.start()
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{self.server.port}")
+        self.stub = compute_pb2_grpc.ComputeServiceStub(self.channel)
+
+    def __enter__(self) -> Lab:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.channel.close()
+        self.server.stop(0.1)
+
+
+@pytest.fixture(params=["taken over", "gRPC's own"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "gRPC's own":
+        monkeypatch.setattr(wiring, "available", lambda: False)
+    return str(request.param)
+
+
+def asking(value: float, **fields: object) -> compute_pb2.ComputeRequest:
+    data, shape = TensorCodec().encode(torch.full((1, 2), value))
+    return compute_pb2.ComputeRequest(data=data, shape=shape, model_id="m", **fields)
+
+
+def value_of(response: compute_pb2.ComputeResponse) -> float:
+    return float(TensorCodec().decode(response.data, response.shape).max())
+
+
+def test_this_grpc_has_what_calls_are_taken_over_with() -> None:
+    """Where it fails, everything works still, but slower: `direct` wants to be brought up to date."""
+    assert direct.available()
+
+
+def test_answers_come_in_any_order_and_to_whom_they_belong(way: str) -> None:
+    with Lab() as lab:
+        calls = [
+            lab.stub.Compute.future(asking(v, request_id=v), timeout=PATIENCE_S) for v in range(5)
+        ]
+        lab.inferences.wait_for(5)
+        for number in (3, 0, 4, 2, 1):
+            lab.inferences.answer(number)
+        for value, call in enumerate(calls):
+            response = call.result()
+            assert (value_of(response), response.request_id) == (2.0 * value, value)
+            assert response.HasField("compute_time_ms")
+            assert response.monitoring_data.timestamp > 0
+
+
+def test_what_is_not_taken_over_is_answered_all_the_same(way: str) -> None:
+    with Lab() as lab:
+        lab.inferences.takes = False
+        assert value_of(lab.stub.Compute(asking(4), timeout=PATIENCE_S)) == 8
+        lab.inferences.takes = True
+        response = lab.stub.Compute(asking(5, use_cache=True), timeout=PATIENCE_S)
+        assert value_of(response) == 10
+        assert not lab.inferences.taken
+
+
+def test_bytes_that_are_no_request_are_refused_and_the_server_goes_on(way: str) -> None:
+    with Lab() as lab:
+        raw = lab.channel.unary_unary(COMPUTE)
+        with pytest.raises(grpc.RpcError) as caught:
+            raw(b"\x0a\xff\xff\xff\xff", timeout=PATIENCE_S)
+        expected = {
+            "taken over": grpc.StatusCode.INVALID_ARGUMENT,
+            "gRPC's own": grpc.StatusCode.INTERNAL,
+        }
+        assert caught.value.code() is expected[way]
+        lab.inferences.takes = False
+        assert value_of(lab.stub.Compute(asking(1), timeout=PATIENCE_S)) == 2
+
+
+def test_a_shape_that_does_not_fit_is_the_callers_mistake(way: str) -> None:
+    with Lab() as lab:
+        lab.inferences.takes = False
+        wrong = compute_pb2.ComputeRequest(data=b"1234", shape=[-1], model_id="m")
+        for takes in (True, False):
+            lab.inferences.takes = takes
+            with pytest.raises(grpc.RpcError) as caught:
+                lab.stub.Compute(wrong, timeout=PATIENCE_S)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_model_that_raises_is_internal(way: str) -> None:
+    with Lab() as lab:
+        lab.inferences.takes = False
+        request = asking(1)
+        request.model_id = "bad"
+        with pytest.raises(grpc.RpcError) as caught:
+            lab.stub.Compute(request, timeout=PATIENCE_S)
+        assert caught.value.code() is grpc.StatusCode.INTERNAL
+        assert "bad" in caught.value.details()
+
+
+def test_more_than_may_wait_is_refused_at_once_and_room_comes_back(way: str) -> None:
+    with Lab(max_workers=2, max_waiting=1) as lab:
+        calls = [lab.stub.Compute.future(asking(v), timeout=PATIENCE_S) for v in range(3)]
+        lab.inferences.wait_for(3 if way == "taken over" else 2)
+        with pytest.raises(grpc.RpcError) as caught:
+            lab.stub.Compute(asking(9), timeout=PATIENCE_S)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "3 compute calls under way, its limit" in caught.value.details()
+        for number in range(2):
+            lab.inferences.answer(number)
+        if way == "gRPC's own":
+            lab.inferences.wait_for(1)
+        lab.inferences.answer(2)
+        assert [value_of(call.result()) for call in calls] == [0, 2, 4]
+        lab.inferences.takes = False
+        assert value_of(lab.stub.Compute(asking(7), timeout=PATIENCE_S)) == 14
+
+
+def test_whoever_is_gone_is_known(way: str) -> None:
+    with Lab() as lab:
+        call = lab.stub.Compute.future(asking(1), timeout=PATIENCE_S)
+        lab.inferences.wait_for(1)
+        inference = lab.inferences.taken[0]
+        inference.check_wanted()
+        call.cancel()
+        gone = threading.Event()
+        for _ in range(2000):
+            try:
+                inference.check_wanted()
+            except Exception:
+                break
+            gone.wait(0.01)
+        else:
+            raise AssertionError("nobody noticed")
+        lab.inferences.answer(0)
+        assert lab.server.stop(5.0)
+
+
+def test_many_callers_at_once_are_all_answered(way: str) -> None:
+    with Lab() as lab, ThreadPoolExecutor(16) as callers:
+        lab.inferences.takes = False
+        answers = callers.map(
+            lambda v: value_of(lab.stub.Compute(asking(v), timeout=PATIENCE_S)), range(200)
+        )
+        assert list(answers) == [2.0 * v for v in range(200)]
+        assert lab.server.stop(5.0)

@@ -1,0 +1,126 @@
+"""Models whose rows are independent are found, and so are those whose rows are not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from splitlearn_comm.core import ModelComputeFunction
+from splitlearn_manager.runtime.joining import try_joining
+
+
+class MeanOverTheBatch(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=0, keepdim=True)
+
+
+class AlwaysTraining(nn.Module):
+    """Keeps its BatchNorm in training mode, whatever mode it is put into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.norm.train()
+        # One row has no variance; as such models do, it is passed on.
+        return self.norm(x) if len(x) > 1 else x
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return x + self.calls
+
+
+class KeepsRandom(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.dropout(x, 0.5, training=True)
+
+
+class LooksAtItsNeighbour(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1e-2 * x.roll(1, dims=0)
+
+
+class OneSize(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(1, 4)
+
+
+class NoRows(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum()
+
+
+class Transposed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.transpose(0, 1)
+
+
+class NotFinite(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * float("nan")
+
+
+def found(module: nn.Module, shape: tuple[int, ...] = (1, 4), batch_size: int = 32) -> str:
+    joining = try_joining(ModelComputeFunction(module), shape, batch_size)
+    assert joining.joins == (joining.note == "requests of equal shape are joined into batches")
+    return joining.note
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)), (1, 4)),
+        (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), (1, 3, 8, 8)),
+        (nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 2)), (1, 5)),
+        (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (1, 5, 8)),
+        (nn.Linear(4, 2).to(torch.bfloat16), (1, 4)),
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), (1, 4)),
+        (nn.ReLU(inplace=True), (1, 4)),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+@pytest.mark.parametrize("batch_size", [2, 32])
+def test_a_model_of_independent_rows_joins(
+    module: nn.Module, shape: tuple[int, ...], batch_size: int
+) -> None:
+    assert "are joined" in found(module, shape, batch_size)
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (MeanOverTheBatch(), "rows that are joined are answered differently"),
+        (AlwaysTraining(), "answered differently"),
+        (LooksAtItsNeighbour(), "rows that are joined are answered differently"),
+        (Counts(), "it answers the same input differently from call to call"),
+        (KeepsRandom(), "it answers the same input differently from call to call"),
+        (NotFinite(), "its answers have values that are not finite"),
+        (OneSize(), "batches of another size fail (RuntimeError: shape '[1, 4]' is invalid"),
+        (NoRows(), "its output has no dimension of rows"),
+        (Transposed(), "the first dimension of its output is not that of its input"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
+)
+def test_a_model_that_mixes_its_rows_is_found(module: nn.Module, why: str) -> None:
+    note = found(module)
+    assert note.startswith("requests are not joined into batches: ")
+    assert why in note
+
+
+def test_what_is_not_known_or_not_wanted_is_not_joined() -> None:
+    assert "it was not warmed up" in try_joining(ModelComputeFunction(nn.ReLU()), None, 32).note
+    assert "batch_size is 1" in found(nn.ReLU(), batch_size=1)
+
+
+def test_a_model_that_takes_one_batch_only_by_its_config_is_not_joined() -> None:
+    function = ModelComputeFunction(nn.ReLU(), input_shape=[1, -1])
+    note = try_joining(function, (1, 8), 32).note
+    assert "batches of another size fail (InvalidRequest: " in note

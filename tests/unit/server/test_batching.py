@@ -1,0 +1,278 @@
+"""Requests are joined, kept apart, dropped and refused as they should be."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from splitlearn_comm.core import ComputeFailed, NotReady, OutOfMemory, Overloaded
+from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.server.batching import Batcher
+from splitlearn_manager.server.threads import ThreadPlan
+from support.inferences import PATIENCE_S, Asked, Gate, ask, instance_of, leased
+from support.waiting import eventually
+
+
+def batcher(forwards: int = 2, **told: object) -> Batcher:
+    plan = ThreadPlan(forwards, lambda: 1, {"OMP_NUM_THREADS": "1"})
+    return Batcher(plan, **told)  # type: ignore[arg-type]
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+
+
+def behind(
+    gate: Gate, joined: Batcher, instance: ManagedModel, *tensors: torch.Tensor
+) -> list[Asked]:
+    """Requests that wait while an earlier one runs; then all are let go."""
+    (first,) = ask(joined, instance, torch.ones(1, 4))
+    gate.wait_entered()
+    asked = ask(joined, instance, *tensors)
+    gate.open.set()
+    first.result()
+    return asked
+
+
+def test_requests_that_wait_while_one_runs_are_one_batch_and_get_their_own_rows() -> None:
+    module, gate = mlp(), Gate(mlp())
+    tensors = [torch.randn(rows, 4) for rows in (1, 3, 2)]
+    asked = behind(gate, batcher(), instance_of(gate), *tensors)
+    for one, tensor in zip(asked, tensors, strict=True):
+        torch.testing.assert_close(one.result(), module(tensor))
+    assert gate.rows == [1, 6]
+
+
+def test_only_equal_shapes_and_dtypes_are_joined_and_order_is_kept() -> None:
+    gate = Gate(nn.Identity())
+    order: list[int] = []
+    instance, joined = instance_of(gate), batcher()
+    (first,) = ask(joined, instance, torch.ones(1, 4))
+    gate.wait_entered()
+    tensors = [
+        torch.ones(1, 4),
+        torch.ones(2, 5),
+        torch.ones(1, 4, 1),
+        torch.ones(3, 5),
+        torch.ones(1, 4),
+    ]
+    asked = [Asked(tensor) for tensor in tensors]
+    for number, one in enumerate(asked):
+        one.when_ended = lambda _, number=number: order.append(number)  # type: ignore[misc]
+        joined.submit(leased(instance), one, one.tensor)
+    gate.open.set()
+    assert [tuple(one.result().shape) for one in asked] == [tuple(t.shape) for t in tensors]
+    first.result()
+    assert gate.rows == [1, 2, 5, 1]
+    assert order == [0, 4, 1, 3, 2]
+
+
+def test_a_batch_has_at_most_batch_size_rows_unless_one_request_has_more() -> None:
+    gate = Gate(mlp())
+    tensors = [torch.randn(rows, 4) for rows in (2, 3, 1, 7, 1)]
+    for one in behind(gate, batcher(), instance_of(gate, batch_size=4), *tensors):
+        one.result()
+    assert gate.rows == [1, 2, 4, 7, 1]
+
+
+class RefusesNan(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.isnan().any():
+            raise ValueError("NaN")
+        return x * 2
+
+
+def test_one_bad_request_fails_alone() -> None:
+    gate = Gate(RefusesNan())
+    bad = torch.full((1, 4), float("nan"))
+    asked = behind(gate, batcher(), instance_of(gate), torch.ones(1, 4), bad, torch.ones(2, 4))
+    assert torch.equal(asked[0].result(), torch.full((1, 4), 2.0))
+    assert torch.equal(asked[2].result(), torch.full((2, 4), 2.0))
+    with pytest.raises(ComputeFailed, match="model 'm' raised ValueError: NaN"):
+        asked[1].result()
+
+
+def test_whoever_is_gone_costs_no_forward() -> None:
+    gate = Gate(mlp())
+    instance, joined = instance_of(gate), batcher()
+    (first,) = ask(joined, instance, torch.ones(1, 4))
+    gate.wait_entered()
+    gone, there = ask(joined, instance, torch.ones(1, 4), torch.ones(1, 4))
+    gone.wanted = False
+    gate.open.set()
+    there.result()
+    first.result()
+    with pytest.raises(Exception, match="the caller is gone"):
+        gone.result()
+    assert gate.rows == [1, 1]
+    assert instance.in_flight == 0
+
+
+def test_a_full_queue_refuses_at_once_and_leaves_the_lease_to_the_caller() -> None:
+    gate = Gate(mlp())
+    instance, joined = instance_of(gate, max_queue=2), batcher()
+    (first,) = ask(joined, instance, torch.ones(1, 4))
+    gate.wait_entered()
+    waiting = ask(joined, instance, torch.ones(1, 4), torch.ones(1, 4))
+    lease = leased(instance)
+    with pytest.raises(Overloaded, match="model 'm' has 2 requests waiting, its max_queue"):
+        joined.submit(lease, Asked(torch.ones(1, 4)), torch.ones(1, 4))
+    assert instance.in_flight == 4
+    lease.release()
+    gate.open.set()
+    for one in (first, *waiting):
+        one.result()
+
+
+def test_requests_of_a_model_that_does_not_join_run_apart_and_side_by_side() -> None:
+    gate = Gate(mlp())
+    instance, apart = instance_of(gate, joins=False), batcher(forwards=2)
+    asked = ask(apart, instance, *(torch.ones(1, 4) for _ in range(4)))
+    gate.wait_entered()
+    gate.wait_entered()
+    gate.open.set()
+    for one in asked:
+        one.result()
+    assert gate.rows == [1, 1, 1, 1]
+
+
+def test_a_forward_that_hangs_holds_up_no_other_model() -> None:
+    hanging, quick = Gate(mlp()), instance_of(mlp(), "quick")
+    one_place = batcher(forwards=1)
+    (stuck,) = ask(one_place, instance_of(hanging, "hanging"), torch.ones(1, 4))
+    hanging.wait_entered()
+    for _ in range(3):
+        (other,) = ask(one_place, quick, torch.ones(1, 4))
+        other.result()
+    assert not stuck.ended.is_set()
+    hanging.open.set()
+    stuck.result()
+
+
+class TooLittleMemory(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.rows.append(x.shape[0])
+        if x.shape[0] > 2:
+            raise torch.OutOfMemoryError("no more")
+        return x
+
+
+def test_a_batch_without_memory_is_halved_until_it_fits() -> None:
+    module = TooLittleMemory()
+    gate = Gate(module)
+    told: list[tuple[str, int]] = []
+
+    def out_of_memory(instance: ManagedModel, rows: int) -> None:
+        told.append((instance.model_id, rows))
+        instance.shrink_batches(rows)
+
+    instance = instance_of(gate)
+    joined = batcher(out_of_memory=out_of_memory)
+    for one in behind(gate, joined, instance, *(torch.ones(1, 4) for _ in range(4))):
+        one.result()
+    assert module.rows == [1, 4, 2, 2]
+    assert told == [("m", 4)]
+    (alone,) = ask(joined, instance, torch.ones(3, 4))
+    with pytest.raises(OutOfMemory):
+        alone.result()
+
+
+class Summed(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum(dim=0, keepdim=True)
+
+
+def test_an_output_without_the_rows_of_its_input_is_never_split(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gate = Gate(Summed())
+    asked = behind(gate, batcher(), instance_of(gate), torch.ones(2, 4), torch.ones(3, 4))
+    assert [one.result().max().item() for one in asked] == [2.0, 3.0]
+    assert gate.rows == [1, 5, 2, 3]
+    assert "joins=no" in caplog.text
+
+
+def test_with_a_queue_delay_a_batch_waits_to_fill_and_a_full_one_does_not() -> None:
+    gate = Gate(mlp())
+    gate.open.set()
+    instance = instance_of(gate, batch_size=3, max_queue_delay_ms=60_000.0)
+    for one in ask(batcher(), instance, *(torch.ones(1, 4) for _ in range(3))):
+        one.result()
+    assert gate.rows == [3]
+    soon = instance_of(gate, batch_size=3, max_queue_delay_ms=20.0)
+    for one in ask(batcher(), soon, torch.ones(1, 4), torch.ones(1, 4)):
+        one.result()
+    assert gate.rows == [3, 2]
+
+
+def test_what_waits_can_be_cut_and_a_stopped_batcher_takes_nothing() -> None:
+    gate = Gate(mlp())
+    instance, joined = instance_of(gate), batcher()
+    (first,) = ask(joined, instance, torch.ones(1, 4))
+    gate.wait_entered()
+    waiting = ask(joined, instance, torch.ones(1, 4), torch.ones(1, 4))
+    assert joined.cut(instance, NotReady("cut")) == 2
+    for one in waiting:
+        with pytest.raises(NotReady, match="cut"):
+            one.result()
+    (late,) = ask(joined, instance, torch.ones(1, 4))
+    joined.stop()
+    with pytest.raises(NotReady, match="shutting down"):
+        late.result()
+    lease = leased(instance)
+    with pytest.raises(NotReady):
+        joined.submit(lease, Asked(torch.ones(1, 4)), torch.ones(1, 4))
+    lease.release()
+    gate.open.set()
+    first.result()
+    assert instance.in_flight == 0
+
+
+def test_models_share_the_time_by_the_weight_of_their_priority() -> None:
+    """On one place, each forward 10 ms of a clock that only forwards move."""
+    seconds = itertools.count()
+    now = [0.0]
+    ran: list[str] = []
+
+    class Works(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            now[0] = next(seconds) * 0.01
+            return x
+
+    gate = Gate(nn.Identity())
+    shared = Batcher(
+        ThreadPlan(1, lambda: 1, {"OMP_NUM_THREADS": "1"}),
+        ran=lambda model_id, rows, waited_s: ran.append(model_id),
+        clock=lambda: now[0],
+    )
+    (first,) = ask(shared, instance_of(gate, "gate"), torch.ones(1, 4))
+    gate.wait_entered()
+    asked = []
+    for model_id, priority in (("low", 0), ("high", 2)):
+        instance = instance_of(Works(), model_id, joins=False, priority=priority)
+        asked += ask(shared, instance, *(torch.ones(1, 4) for _ in range(100)))
+    gate.open.set()
+    first.result()
+    for one in asked:
+        one.result()
+    assert ran[0] == "gate"
+    for end in range(10, 125):
+        low, high = ran[1 : end + 1].count("low"), ran[1 : end + 1].count("high")
+        assert abs(high - 4 * low) <= 8, f"after {end} forwards: {low} of low, {high} of high"
+
+
+def test_leases_are_given_back_and_errors_counted() -> None:
+    instance, joined = instance_of(RefusesNan()), batcher()
+    good, bad = ask(joined, instance, torch.ones(1, 4), torch.full((1, 4), float("nan")))
+    good.result()
+    assert bad.ended.wait(PATIENCE_S)
+    eventually(lambda: instance.in_flight == 0, "leases are given back")
+    assert (instance.in_flight, instance.requests, instance.errors) == (0, 2, 1)
