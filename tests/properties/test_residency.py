@@ -37,27 +37,66 @@ loads = st.builds(
 )
 
 
+@dataclass(frozen=True)
+class Day:
+    """A node whose models do not all fit, and what is asked of it.
+
+    Attributes:
+        early, late: what is declared first, and when the first are there.
+        keep_alive_s: of the late ones.
+        wakes_s: as for `Traffic`, as are the other times.
+    """
+
+    early: tuple[str, ...]
+    late: tuple[str, ...]
+    loads: tuple[Load, ...]
+    slots: int = 1
+    keep_alive_s: float | None = None
+    max_parallel_loads: int = 2
+    loads_s: float = 0.5
+    closes_s: float = 0.01
+    wakes_s: float = 0.0
+
+    def begin(self) -> Traffic:
+        """At rest, before anything is asked."""
+        traffic = Traffic(
+            budget_mb=self.slots * MB,
+            max_parallel_loads=self.max_parallel_loads,
+            loads_s=self.loads_s,
+            closes_s=self.closes_s,
+            wakes_s=self.wakes_s,
+        )
+        traffic.declare(*self.early)
+        traffic.pass_time(20.0)
+        traffic.declare(*self.late, keep_alive_s=self.keep_alive_s)
+        traffic.pass_time(20.0)
+        return traffic
+
+
 @st.composite
-def days(draw: st.DrawFn) -> tuple[Traffic, list[Load]]:
-    """A node whose models all declared do not fit, at rest, and what is asked of it."""
+def days(draw: st.DrawFn) -> Day:
     slots = draw(st.integers(1, 3))
-    traffic = Traffic(
-        budget_mb=slots * MB,
+    declared = IDS[: draw(st.integers(slots + 1, len(IDS)))]
+    early = draw(st.integers(1, len(declared)))
+    return Day(
+        declared[:early],
+        declared[early:],
+        tuple(draw(st.lists(loads, min_size=1, max_size=6))),
+        slots=slots,
+        keep_alive_s=draw(st.sampled_from((None, None, 5.0))),
         max_parallel_loads=draw(st.integers(1, 3)),
         loads_s=draw(st.sampled_from((0.01, 0.2, 1.5))),
         closes_s=draw(st.sampled_from((0.0, 0.02))),
         wakes_s=draw(st.sampled_from((0.0, 0.0, 0.003))),
     )
-    traffic.declare(*IDS[: draw(st.integers(slots + 1, len(IDS)))])
-    traffic.pass_time(20.0)
-    return traffic, draw(st.lists(loads, min_size=1, max_size=6))
 
 
-def play(traffic: Traffic, day: list[Load], *, timeout_s: float = 1e4) -> None:
-    """Until the last request has long been answered."""
-    declared = traffic.source.state.models
-    for load in day:
-        for number in range(load.times if load.model_id in declared else 0):
+def play(day: Day, *, timeout_s: float = 1e4) -> tuple[Traffic, float]:
+    """Until the last request has long been answered; the traffic, and when the first might have come."""
+    traffic = day.begin()
+    settled_s = traffic.now_s
+    for load in day.loads:
+        for number in range(load.times if load.model_id in day.early + day.late else 0):
             traffic.ask(
                 load.model_id,
                 load.after_s + number * load.every_s,
@@ -65,6 +104,7 @@ def play(traffic: Traffic, day: list[Load], *, timeout_s: float = 1e4) -> None:
                 timeout_s=timeout_s,
             )
     traffic.pass_time(200.0)
+    return traffic, settled_s
 
 
 def longest_turn_s(traffic: Traffic) -> float:
@@ -79,11 +119,12 @@ def longest_turn_s(traffic: Traffic) -> float:
 
 @given(days())
 @settings(max_examples=60, deadline=None)
-def test_nobody_goes_for_others_while_no_request_waits(day: tuple[Traffic, list[Load]]) -> None:
-    """I19: without a waiting request or a newly accepted model nothing is swapped."""
-    traffic, asked = day
-    settled_s = traffic.now_s
-    play(traffic, asked)
+def test_nobody_goes_for_others_while_no_request_waits(day: Day) -> None:
+    """I19: without a waiting request or a newly accepted model nothing is swapped.
+
+    Seen to fail with parked models that are planned like any others and may displace their equals.
+    """
+    traffic, settled_s = play(day)
     for event in traffic.evictions():
         if event.at_s > settled_s:
             waited_for = {a.model_id for a in event.waiting}
@@ -91,18 +132,29 @@ def test_nobody_goes_for_others_while_no_request_waits(day: tuple[Traffic, list[
 
 
 @given(days())
-@example((Traffic(budget_mb=MB), [Load("a", 0, 0.03, 0.5, 40), Load("b", 0.5, 1.0, 0.01, 3)]))
 @settings(max_examples=60, deadline=None)
-def test_a_waiting_request_is_answered_within_a_bound(day: tuple[Traffic, list[Load]]) -> None:
+def test_a_parked_model_comes_back_for_a_request_and_for_nothing_else(day: Day) -> None:
+    """Seen to fail with a parked model that is planned like any other that is not there."""
+    traffic, _ = play(day)
+    parked: set[str] = set()
+    for event in traffic.events:
+        if event.kind is EventKind.EVICTED:
+            parked.add(event.model_id)
+        elif event.kind is EventKind.LOADING and event.model_id in parked:
+            parked.remove(event.model_id)
+            waited_for = {a.model_id for a in event.waiting}
+            assert event.model_id in waited_for, f"{event.model_id} came back, and nobody waited"
+
+
+@given(days())
+@example(Day(("a",), ("b",), (Load("a", 0, 0.03, 0.5, 40), Load("b", 0.5, 1.0, 0.01, 3))))
+@settings(max_examples=60, deadline=None)
+def test_a_waiting_request_is_answered_within_a_bound(day: Day) -> None:
     """Even if those that are there are used all the time: each of the others has one turn before it.
 
     Seen to fail with `_hold` that holds nobody, and with the latest request placed first.
     """
-    traffic, asked = day
-    if not traffic.source.state.models:
-        traffic.declare("a", "b")
-        traffic.pass_time(20.0)
-    play(traffic, asked)
+    traffic, _ = play(day)
     others = len(traffic.source.state.models) - 1
     bound_s = PATIENCE_S + (others + 1) * longest_turn_s(traffic)
     for request in traffic.asked:
@@ -143,11 +195,10 @@ def test_two_that_take_turns_are_swapped_by_the_time_and_not_by_the_request(
 @given(days())
 @settings(max_examples=60, deadline=None)
 def test_all_that_waited_when_a_model_became_ready_are_answered_before_it_goes(
-    day: tuple[Traffic, list[Load]],
+    day: Day,
 ) -> None:
     """However late they wake up. Seen to fail with `residents` told of nobody who is awaited."""
-    traffic, asked = day
-    play(traffic, asked)
+    traffic, _ = play(day)
     for loaded in traffic.of_kind(EventKind.LOADED):
         gone_s = min(
             (
@@ -164,15 +215,19 @@ def test_all_that_waited_when_a_model_became_ready_are_answered_before_it_goes(
 
 
 @given(days())
+@example(
+    Day(
+        ("a",),
+        ("b", "c"),
+        (Load("a", 0, 1.0, 0.5, 1), Load("b", 0.05, 1.0, 0.01, 1), Load("c", 0.2, 1.0, 0.01, 1)),
+    )
+)
 @settings(max_examples=60, deadline=None)
 def test_models_are_loaded_in_the_order_in_which_they_were_first_waited_for(
-    day: tuple[Traffic, list[Load]],
+    day: Day,
 ) -> None:
-    """First come, first served among equals. Seen to fail, over 1,500 examples, with the latest request
-    placed first."""
-    traffic, asked = day
-    settled_s = traffic.now_s
-    play(traffic, asked)
+    """First come, first served among equals. Seen to fail with the latest request placed first."""
+    traffic, settled_s = play(day)
     there: set[str] = set()
     for event in traffic.events:
         if event.kind is EventKind.EVICTED:
@@ -184,18 +239,19 @@ def test_models_are_loaded_in_the_order_in_which_they_were_first_waited_for(
             came = {a.model_id: a.came_s for a in reversed(event.waiting)}
             others = {m: s for m, s in came.items() if m not in there}
             earliest_s = min(others.values(), default=float("inf"))
-            assert came[event.model_id] <= earliest_s, f"{event.model_id} before {others}"
+            mine_s = came.get(event.model_id, float("inf"))
+            assert mine_s <= earliest_s, f"{event.model_id} before {others}"
 
 
 @given(days(), st.sampled_from((0.4, 1.5, 6.0)))
+@example(Day(("a",), ("b",), (Load("a", 0, 1.0, 0.5, 1), Load("b", 0.05, 1.0, 0.01, 1))), 0.4)
 @settings(max_examples=60, deadline=None)
-def test_a_request_that_gave_up_makes_no_room(
-    day: tuple[Traffic, list[Load]], timeout_s: float
-) -> None:
-    """Whoever goes goes for a model that some request still waits for within its deadline."""
-    traffic, asked = day
-    settled_s = traffic.now_s
-    play(traffic, asked, timeout_s=timeout_s)
+def test_a_request_that_gave_up_makes_no_room(day: Day, timeout_s: float) -> None:
+    """Whoever goes goes for a model that some request still waits for within its deadline.
+
+    Seen to fail with requests whose demand counts on after they left and their deadline has passed.
+    """
+    traffic, settled_s = play(day, timeout_s=timeout_s)
     for event in traffic.evictions():
         if event.at_s > settled_s:
             alive = [a for a in event.waiting if event.at_s < a.deadline_s]

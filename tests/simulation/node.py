@@ -35,6 +35,7 @@ from splitlearn_manager.reconcile.store import Store
 from splitlearn_manager.reconcile.waiters import Waiter
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.live_settings import LiveSettings
+from splitlearn_manager.server.threads import ThreadPlan
 
 QUIET_TURNS = 3
 LATEST_S = 30.0
@@ -126,6 +127,7 @@ class Node:
             reconciler=self.loop,
             desired_source=self.source,
             router=ModelRouter(config.routing),
+            threads=ThreadPlan(2, lambda: 1),
         )
         self._settings = LiveSettings(config, stand_in)
         self.started_at = machine.t
