@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from splitlearn_manager.desired.source import DesiredSource
@@ -132,7 +132,15 @@ batches = st.lists(
 )
 
 
+TWICE_BESIDE_ONE_OUT_OF_SIGHT: list[tuple[list[Step], int, int]] = [
+    ([put("sub/d.yaml", [model("m0")])], 0, 0),
+    ([turn_permissions("sub"), put("a.yaml", [model("m0"), model("m0")])], 0, 0),
+    ([put("sub/d.yaml", [model("m0")])], 1, 0),
+]
+
+
 @settings(max_examples=300, deadline=None)
+@example(TWICE_BESIDE_ONE_OUT_OF_SIGHT)
 @given(batches)
 def test_a_restart_at_any_step_ends_where_no_restart_does(
     happenings: list[tuple[list[Step], int, int]],
@@ -142,8 +150,9 @@ def test_a_restart_at_any_step_ends_where_no_restart_does(
     Left out is what a new process cannot know, for nothing is written down about ids that were never
     accepted: which of several files said so first, and what is said by a file that is out of sight.
 
-    Failed when the claims of a conflict were not restored, when the mark of a guard was not, and when
-    an id was decided to be missing before its restored file had been looked at.
+    Failed when the claims of a conflict were not restored, when the mark of a guard was not, when an id was
+    decided to be missing before its restored file had been looked at, and when a conflict named another set
+    of files the second time that it was judged.
     """
     lab = DesiredLab()
     lab.fs.mkdir(lab.path("sub"))

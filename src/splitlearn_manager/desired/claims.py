@@ -93,12 +93,13 @@ def judge(claims: Claims, current: DesiredModel | None, *, was_contested: bool) 
     """
     firm = [found.ref for found in claims.firm]
     refs = tuple(sorted([*firm, *(kept.ref for kept in claims.kept)]))
-    rivals = [kept.ref for kept in claims.kept if kept.doubt.lasting or was_contested]
-    if len(firm) + len(rivals) > 1:
-        conflict = tuple(sorted([*firm, *rivals]))
+    lasting_rivals = sum(kept.doubt.lasting for kept in claims.kept)
+    if len(firm) + (len(claims.kept) if was_contested else lasting_rivals) > 1:
+        # All who claim it, so that the same claims read the same when they are judged again.
+        conflict = refs
         why = f"declared more than once: {' and '.join(str(ref) for ref in conflict)}"
         # Of files that are gone or changing, a little more time may end it.
-        lasting = bool(firm) or any(kept.doubt.lasting for kept in claims.kept)
+        lasting = bool(firm) or lasting_rivals > 0
         return Verdict(hold=why, conflict=conflict, lasting=lasting, refs=refs)
     if claims.firm:
         found = claims.firm[0]
