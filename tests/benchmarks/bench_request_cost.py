@@ -50,19 +50,25 @@ def cpu_s(pid: int) -> float:
     return times.user + times.system
 
 
-def load(address: str, clients: int, seconds: float) -> int:
+def load(address: str, clients: int, seconds: float, role: str = "client") -> int:
     """Requests that were answered."""
-    command = [sys.executable, str(PEERS), "client", address, str(clients), str(seconds)]
+    command = [sys.executable, str(PEERS), role, address, str(clients), str(seconds)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
     return int(done.stdout)
 
 
-def cost_ms(pid: int, address: str, clients: int) -> tuple[float, float]:
+def cost_ms(pid: int, address: str, clients: int, role: str = "client") -> tuple[float, float]:
     """Milliseconds of the server's processors a request, and requests a second."""
     before = cpu_s(pid)
-    answered = load(address, clients, SECONDS)
+    answered = load(address, clients, SECONDS, role)
     assert answered
     return (cpu_s(pid) - before) * 1000 / answered, answered / SECONDS
+
+
+def median(runs: list[tuple[float, float]]) -> tuple[float, float]:
+    """Of each column."""
+    cost, rate = zip(*runs, strict=True)
+    return statistics.median(cost), statistics.median(rate)
 
 
 def forward_ms(model: nn.Module, batch: int) -> float:
@@ -84,6 +90,7 @@ def test_request_cost(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(768, 1024), nn.ReLU(), nn.Linear(1024, 768)).eval()
     node_ms: dict[int, list[tuple[float, float]]] = {n: [] for n in CLIENTS}
+    stream_ms: dict[int, list[tuple[float, float]]] = {n: [] for n in CLIENTS}
     echo_ms: dict[int, list[tuple[float, float]]] = {n: [] for n in CLIENTS}
     alone: dict[int, list[float]] = {b: [] for b in BATCHES}
     one_thread = {"OMP_NUM_THREADS": "1"}
@@ -96,6 +103,9 @@ def test_request_cost(tmp_path: Path) -> None:
                 alone[batch].append(forward_ms(model, batch))
             for clients in CLIENTS:
                 node_ms[clients].append(cost_ms(node.process.pid, node.address, clients))
+                stream_ms[clients].append(
+                    cost_ms(node.process.pid, node.address, clients, "stream")
+                )
                 echo_ms[clients].append(cost_ms(echo_pid, echo_at, clients))
     forward = {batch: statistics.median(values) for batch, values in alone.items()}
     print("\nforward alone, ms a row: " + ", ".join(f"{b}: {ms:.3f}" for b, ms in forward.items()))
@@ -106,11 +116,14 @@ def test_request_cost(tmp_path: Path) -> None:
             mine[0] / (limit_ms + theirs[0])
             for mine, theirs in zip(node_ms[clients], echo_ms[clients], strict=True)
         ]
-        mine, theirs = (
-            tuple(statistics.median(column) for column in zip(*runs, strict=True))
-            for runs in (node_ms[clients], echo_ms[clients])
-        )
+        mine, theirs = median(node_ms[clients]), median(echo_ms[clients])
         print(
             f"{clients:7}  {mine[0]:7.3f} ({mine[1]:6.0f})      {theirs[0]:7.3f} ({theirs[1]:6.0f})"
             f"      {statistics.median(ratios):.2f}                     {min(ratios):.2f}..{max(ratios):.2f}"
+        )
+    print("clients  streams ms (requests/s)  requests/s of streams / of calls")
+    for clients in CLIENTS:
+        streamed, called = median(stream_ms[clients]), median(node_ms[clients])
+        print(
+            f"{clients:7}  {streamed[0]:7.3f} ({streamed[1]:6.0f})         {streamed[1] / called[1]:.2f}"
         )

@@ -2,11 +2,14 @@
 
 echo                              a gRPC server of two threads that sends back what it gets; prints its port
 client ADDRESS CLIENTS SECONDS    callers in a closed loop, one request encoded beforehand; prints the answers
+stream ADDRESS CLIENTS SECONDS    the same over one ComputeStream for each caller
 """
 
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
@@ -19,6 +22,7 @@ from splitlearn_comm.protocol import compute_pb2
 ECHO_THREADS = 2
 SHAPE = (1, 10, 768)
 METHOD = "/splitlearn.comm.ComputeService/Compute"
+STREAM = "/splitlearn.comm.ComputeService/ComputeStream"
 
 
 def echo() -> None:
@@ -56,8 +60,36 @@ def client(address: str, clients: int, seconds: float) -> None:
         print(sum(threads.map(loop, range(clients))), flush=True)
 
 
+def stream(address: str, clients: int, seconds: float) -> None:
+    """As `client`, each caller with a stream of its own; the next request follows the answer."""
+    data, shape = TensorCodec().encode(torch.randn(SHAPE))
+    request = compute_pb2.ComputeRequest(data=data, shape=shape, model_id="mlp")
+    frame = compute_pb2.StreamedRequest(id=1, request=request).SerializeToString()
+    until = perf_counter() + seconds
+
+    def loop(number: int) -> int:
+        answered = 0
+        may_send = threading.Semaphore(1)
+
+        def requests() -> Iterator[bytes]:
+            while perf_counter() < until:
+                may_send.acquire()
+                yield frame
+
+        options = [("grpc.use_local_subchannel_pool", 1), ("bench.client", number)]
+        with grpc.insecure_channel(address, options=options) as channel:
+            for _ in channel.stream_stream(STREAM)(requests(), timeout=seconds + 30):
+                answered += 1
+                may_send.release()
+        return answered
+
+    with ThreadPoolExecutor(clients) as threads:
+        print(sum(threads.map(loop, range(clients))), flush=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "echo":
         echo()
     else:
-        client(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
+        calls = {"client": client, "stream": stream}[sys.argv[1]]
+        calls(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))

@@ -9,8 +9,11 @@ made again as the retry strategy says, within one time limit.
 from __future__ import annotations
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 
 import grpc
@@ -25,8 +28,10 @@ from splitlearn_comm.client.messages import (
     monitoring_data,
     service_description,
 )
-from splitlearn_comm.client.retry import ExponentialBackoff, RetryStrategy
+from splitlearn_comm.client.requests import RequestStream
+from splitlearn_comm.client.retry import FINAL_STATUSES, ExponentialBackoff, RetryStrategy
 from splitlearn_comm.client.statistics import CallStatistics, Statistics, Timing, timing
+from splitlearn_comm.core import frames
 from splitlearn_comm.core.codec import TensorCodec, dtype_name
 from splitlearn_comm.core.compute_function import KeyValues
 from splitlearn_comm.core.messages import decode_cache, encode_cache
@@ -75,6 +80,8 @@ class GRPCComputeClient:
         self._clock = clock
         self._statistics = CallStatistics()
         self._last_load: compute_pb2.MonitoringSnapshot | None = None
+        self._stream: RequestStream | None = None
+        self._stream_lock = threading.Lock()
         self._channel = ComputeChannel(
             server_address,
             max_message_length,
@@ -114,6 +121,10 @@ class GRPCComputeClient:
 
     def close(self) -> None:
         """Drop the connection; running calls and streams end. May be called more than once."""
+        with self._stream_lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
         self._channel.close()
 
     def __enter__(self) -> GRPCComputeClient:
@@ -145,6 +156,121 @@ class GRPCComputeClient:
             ValueError: if integers in `tensor` cannot be sent exactly in the codec's dtype.
         """
         return self.compute_with_timing(tensor, model_id)[0]
+
+    def compute_async(
+        self, tensor: torch.Tensor, model_id: str | None = None
+    ) -> Future[torch.Tensor]:
+        """Run a model, and go on meanwhile.
+
+        Many such requests at a time share one stream, where the server has streams; that costs both sides
+        about half of what as many calls of `compute` cost. Nothing is retried, and a future that is
+        cancelled withdraws its request.
+
+        Args:
+            tensor: as for `compute`.
+            model_id: None lets the server choose.
+
+        Returns:
+            A future of what `compute` returns. It raises RemoteComputeError with the gRPC status.
+
+        Raises:
+            ValueError: if integers in `tensor` cannot be sent exactly in the codec's dtype.
+            ClientClosed: if the client was closed.
+        """
+        started_s = self._clock()
+        request, data = self._plain(tensor, model_id)
+
+        def call() -> bytes:
+            request.data = bytes(data)
+            response = self._channel.call(
+                "Compute",
+                request,
+                compute_pb2.ComputeResponse,
+                timeout_s=max(0.0, started_s + self.timeout - self._clock()),
+                retry=False,
+            )
+            return response.SerializeToString()
+
+        answer: Future[torch.Tensor] = Future()
+        stream = self._requests()
+        asked = stream.ask(frames.parts(data, request.SerializeToString()), self.timeout, call)
+
+        def answered(asked: Future[tuple[compute_pb2.ComputeResponse, frames.Bytes]]) -> None:
+            if asked.cancelled() or not answer.set_running_or_notify_cancel():
+                return
+            try:
+                response, received = asked.result()
+                output = self._codec.decode(received, response.shape)
+                self._note_load(response)
+                self._recorded(started_s, response.compute_time_ms)
+            except BaseException as error:
+                answer.set_exception(error)
+            else:
+                answer.set_result(output)
+
+        def over(answer: Future[torch.Tensor]) -> None:
+            if answer.cancelled():
+                stream.withdraw(asked)
+
+        answer.add_done_callback(over)
+        asked.add_done_callback(answered)
+        return answer
+
+    def compute_many(
+        self, tensors: Iterable[torch.Tensor], model_id: str | None = None, in_flight: int = 32
+    ) -> Iterator[torch.Tensor]:
+        """Run a model on many tensors, so many at a time, and give the answers in the tensors' order.
+
+        What fails for a passing reason is tried again as `compute` does.
+
+        Args:
+            tensors: taken from as answers are taken.
+            model_id: None lets the server choose.
+            in_flight: requests that are under way at most.
+
+        Raises:
+            RemoteComputeError: with the gRPC status of the first tensor that was not answered; later ones
+                are withdrawn.
+        """
+        if in_flight < 1:
+            raise ValueError(f"in_flight: expected at least 1, got {in_flight}")
+        waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
+        try:
+            for tensor in tensors:
+                waiting.append((tensor, self.compute_async(tensor, model_id)))
+                if len(waiting) >= in_flight:
+                    yield self._taken(*waiting.popleft(), model_id)
+            while waiting:
+                yield self._taken(*waiting.popleft(), model_id)
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+    def _taken(
+        self, tensor: torch.Tensor, future: Future[torch.Tensor], model_id: str | None
+    ) -> torch.Tensor:
+        try:
+            return future.result()
+        except RemoteComputeError as error:
+            if error.code() in FINAL_STATUSES:
+                raise
+        return self.compute(tensor, model_id)
+
+    def _plain(
+        self, tensor: torch.Tensor, model_id: str | None
+    ) -> tuple[compute_pb2.ComputeRequest, bytes]:
+        """A request without its data, and these."""
+        data, shape = encode_exactly(tensor, self._codec)
+        request = compute_pb2.ComputeRequest(
+            shape=shape, model_id=model_id or "", metadata=self._announced
+        )
+        return request, data
+
+    def _requests(self) -> RequestStream:
+        with self._stream_lock:
+            if self._stream is None:
+                self._stream = RequestStream(self._channel)
+            return self._stream
 
     def compute_with_timing(
         self, tensor: torch.Tensor, model_id: str | None = None

@@ -96,10 +96,22 @@ class TensorCodec:
                 f"cannot send a {tensor.layout} tensor of {tensor.dtype}; "
                 "expected a dense tensor of real numbers"
             )
-        plain = tensor.detach().to("cpu", self.dtype).contiguous().resolve_neg()
+        plain = tensor
+        if not self._is_plain(tensor):
+            plain = tensor.detach().to("cpu", self.dtype).contiguous().resolve_neg()
         # Through uint8, because numpy has no bfloat16; flattened, because a scalar has no bytes to view.
-        raw = plain.reshape(-1).view(torch.uint8).numpy().data
+        raw = plain.view(-1).view(torch.uint8).numpy().data
         return self._pack(raw), list(tensor.shape)
+
+    def _is_plain(self, tensor: torch.Tensor) -> bool:
+        """Whether its memory is what travels."""
+        return (
+            tensor.dtype is self.dtype
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and not tensor.requires_grad
+            and not tensor.is_neg()
+        )
 
     def decode(self, data: bytes | memoryview, shape: Sequence[int]) -> torch.Tensor:
         """Return a CPU tensor of `shape` and this codec's dtype that may be written to.

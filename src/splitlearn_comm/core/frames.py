@@ -9,7 +9,9 @@ The encoding is described at https://protobuf.dev/programming-guides/encoding/.
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
+
+Bytes: TypeAlias = "bytes | memoryview"
 
 _DATA_TAG = 0x0A
 """Field 1, a string of bytes."""
@@ -29,7 +31,7 @@ class CarriesData(Protocol):
 M = TypeVar("M", bound=CarriesData)
 
 
-def read(message: M, frame: bytes) -> tuple[M, memoryview | bytes]:
+def read(message: M, frame: Bytes) -> tuple[M, Bytes]:
     """Parse `frame` into `message`, which is empty; give it and the bytes of its `data`.
 
     Those of a large frame are a view into it, and are missing in the message.
@@ -37,25 +39,37 @@ def read(message: M, frame: bytes) -> tuple[M, memoryview | bytes]:
     Raises:
         google.protobuf.message.DecodeError: if `frame` is no such message.
     """
-    if len(frame) < BIG_BYTES or frame[0] != _DATA_TAG:
-        message.ParseFromString(frame)
+    place = first_field(frame)
+    if len(frame) < BIG_BYTES or place is None:
+        message.ParseFromString(bytes(frame))
         return message, message.data
-    size, begin = _varint(frame, 1)
-    end = begin + size
-    if end > len(frame):
-        message.ParseFromString(frame)  # raises
-        return message, message.data
-    message.ParseFromString(frame[end:])
+    begin, end = place
+    message.ParseFromString(bytes(frame[end:]))
     # A field that comes twice counts as it came last.
     return message, message.data or memoryview(frame)[begin:end]
 
 
-def write(data: memoryview | bytes, *rest: bytes) -> bytes:
+def first_field(frame: Bytes) -> tuple[int, int] | None:
+    """Where the contents of field 1 lie, if it is a string of bytes or a message and comes first."""
+    if not frame or frame[0] != _DATA_TAG:
+        return None
+    size, begin = _varint(frame, 1)
+    return (begin, begin + size) if begin + size <= len(frame) else None
+
+
+def parts(data: Bytes, *rest: bytes) -> tuple[Bytes, ...]:
+    """What a message of `data` in field 1 and other fields, as encoded in `rest`, consists of."""
+    return (_data_tag(len(data)), data, *rest) if len(data) else rest
+
+
+def write(data: Bytes, *rest: bytes) -> bytes:
     """A message of `data` in field 1 and other fields as they are encoded in `rest`."""
-    size = len(data)
-    if size == 0:
-        return b"".join(rest)
-    return b"".join((_data_tag(size), data, *rest))
+    return b"".join(parts(data, *rest))
+
+
+def enclose(message: tuple[Bytes, ...], *rest: bytes) -> bytes:
+    """A message with another one, given in parts, in field 1."""
+    return b"".join((_data_tag(sum(map(len, message))), *message, *rest))
 
 
 def nested(number: int, message: bytes) -> bytes:
@@ -76,7 +90,7 @@ def _as_varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _varint(frame: bytes, at: int) -> tuple[int, int]:
+def _varint(frame: Bytes, at: int) -> tuple[int, int]:
     """The value at `at`, and where the next one begins. One that never ends is too large to be a size."""
     value = 0
     for place, byte in enumerate(frame[at : at + 10]):

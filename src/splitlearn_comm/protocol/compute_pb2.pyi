@@ -6,6 +6,34 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class StreamedRequest(_message.Message):
+    __slots__ = ("request", "id", "timeout_s")
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    request: ComputeRequest
+    id: int
+    timeout_s: float
+    def __init__(self, request: _Optional[_Union[ComputeRequest, _Mapping]] = ..., id: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class StreamedResponse(_message.Message):
+    __slots__ = ("response", "refusal", "id")
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    ID_FIELD_NUMBER: _ClassVar[int]
+    response: ComputeResponse
+    refusal: Refusal
+    id: int
+    def __init__(self, response: _Optional[_Union[ComputeResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., id: _Optional[int] = ...) -> None: ...
+
+class Refusal(_message.Message):
+    __slots__ = ("code", "message")
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    code: int
+    message: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ...) -> None: ...
+
 class KVCacheEntry(_message.Message):
     __slots__ = ("key_data", "key_shape", "value_data", "value_shape")
     KEY_DATA_FIELD_NUMBER: _ClassVar[int]

@@ -59,6 +59,11 @@ class ComputeServiceStub(object):
                 request_serializer=splitlearn__comm_dot_protocol_dot_compute__pb2.MonitoringStreamRequest.SerializeToString,
                 response_deserializer=splitlearn__comm_dot_protocol_dot_compute__pb2.MonitoringSnapshotResponse.FromString,
                 _registered_method=True)
+        self.ComputeStream = channel.stream_stream(
+                '/splitlearn.comm.ComputeService/ComputeStream',
+                request_serializer=splitlearn__comm_dot_protocol_dot_compute__pb2.StreamedRequest.SerializeToString,
+                response_deserializer=splitlearn__comm_dot_protocol_dot_compute__pb2.StreamedResponse.FromString,
+                _registered_method=True)
 
 
 class ComputeServiceServicer(object):
@@ -99,6 +104,14 @@ class ComputeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ComputeStream(self, request_iterator, context):
+        """Runs models on many tensors over one call, each as Compute would. Answers come as they are ready, in
+        any order. Servers of version 1.0 do not have it: they answer UNIMPLEMENTED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ComputeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -126,6 +139,11 @@ def add_ComputeServiceServicer_to_server(servicer, server):
                     servicer.StreamMonitoring,
                     request_deserializer=splitlearn__comm_dot_protocol_dot_compute__pb2.MonitoringStreamRequest.FromString,
                     response_serializer=splitlearn__comm_dot_protocol_dot_compute__pb2.MonitoringSnapshotResponse.SerializeToString,
+            ),
+            'ComputeStream': grpc.stream_stream_rpc_method_handler(
+                    servicer.ComputeStream,
+                    request_deserializer=splitlearn__comm_dot_protocol_dot_compute__pb2.StreamedRequest.FromString,
+                    response_serializer=splitlearn__comm_dot_protocol_dot_compute__pb2.StreamedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -263,6 +281,33 @@ class ComputeService(object):
             '/splitlearn.comm.ComputeService/StreamMonitoring',
             splitlearn__comm_dot_protocol_dot_compute__pb2.MonitoringStreamRequest.SerializeToString,
             splitlearn__comm_dot_protocol_dot_compute__pb2.MonitoringSnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComputeStream(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/splitlearn.comm.ComputeService/ComputeStream',
+            splitlearn__comm_dot_protocol_dot_compute__pb2.StreamedRequest.SerializeToString,
+            splitlearn__comm_dot_protocol_dot_compute__pb2.StreamedResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -2,7 +2,7 @@
 
 compute_server   GRPCComputeServer: one function on one port
 backend          ComputeBackend: what a servicer serves
-servicer         the five rpcs; messages and statuses translate for it
+servicer         the rpcs; messages and statuses translate for it
 grpc_server      threads, bounds and the listening socket
 monitoring       the machine's load
 """

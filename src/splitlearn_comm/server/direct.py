@@ -1,4 +1,4 @@
-"""Unary calls without a thread of their own: taken over as their message arrives, answered from any thread.
+"""Calls without a thread of their own: taken over as their message arrives, answered from any thread.
 
     gRPC's polling thread:   call → room for it? → message → `begin(message, call)` ┐
     whoever has the answer:  `call.send(bytes)` or `call.refuse(status, details)`  ◄┘
@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from functools import cache
@@ -22,6 +25,7 @@ from typing import Any, Protocol
 
 import grpc
 
+from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.server.pool import BoundedPool
 
 _log = logging.getLogger(__name__)
@@ -35,13 +39,28 @@ _EXPECTED = {
         "request_deserializer",
         "response_serializer",
     ),
+    "_stream_response_in_pool": (
+        "rpc_event",
+        "state",
+        "behavior",
+        "argument_thunk",
+        "request_deserializer",
+        "response_serializer",
+    ),
+    "_get_initial_metadata_operation": ("state", "metadata"),
     "_status": ("rpc_event", "state", "serialized_response"),
     "_abort": ("state", "call", "code", "details"),
     "_possibly_finish_call": ("state", "token"),
     "_is_rpc_state_active": ("state",),
     "_Context": ("rpc_event", "state", "request_deserializer"),
 }
-_EXPECTED_NAMES = ("_RECEIVE_MESSAGE_TOKEN", "_OPEN", "_CLOSED", "_EMPTY_FLAGS")
+_EXPECTED_NAMES = (
+    "_RECEIVE_MESSAGE_TOKEN",
+    "_SEND_MESSAGE_TOKEN",
+    "_OPEN",
+    "_CLOSED",
+    "_EMPTY_FLAGS",
+)
 _NO_MESSAGE = b"the call ended without a message"
 
 
@@ -56,8 +75,8 @@ class Call(Protocol):
         """Whether somebody waits for the answer."""
         ...
 
-    def send(self, response: bytes) -> None:
-        """Answer with an encoded message."""
+    def send(self, *response: Bytes) -> None:
+        """Answer with an encoded message, given in parts."""
         ...
 
     def refuse(self, status: grpc.StatusCode, details: str) -> None:
@@ -105,6 +124,11 @@ class DirectPool(BoundedPool):
         """Take a call over, or queue what is not one as any pool does."""
         from grpc import _server
 
+        if args and args[0] is _server._stream_response_in_pool:
+            _, event, state, behavior, *_ = args
+            if hasattr(behavior, "open"):
+                DirectStream(event, state, behavior.open).begin()
+                return None  # type: ignore[return-value]
         if not args or args[0] is not _server._unary_response_in_pool:
             return super().submit(fn, *args, **kwargs)
         _, event, state, behavior, _, _, serializer = args
@@ -165,17 +189,17 @@ class UnaryCall:
         self._ended = False
 
     def remaining_s(self) -> float:
-        return float(self._context().time_remaining())
+        return max(0.0, float(self._event.call_details.deadline) - time.time())
 
     def active(self) -> bool:
         from grpc import _server
 
         return bool(_server._is_rpc_state_active(self._state))
 
-    def send(self, response: bytes) -> None:
+    def send(self, *response: Bytes) -> None:
         from grpc import _server
 
-        _server._status(self._event, self._state, response)
+        _server._status(self._event, self._state, b"".join(response))
         self.end()
 
     def refuse(self, status: grpc.StatusCode, details: str) -> None:
@@ -223,3 +247,153 @@ class UnaryCall:
         from grpc import _server
 
         return _server._Context(self._event, self._state, None)
+
+
+class Wire(Protocol):
+    """The network's side of a stream."""
+
+    def remaining_s(self) -> float:
+        """Seconds until the caller's deadline; very many without one."""
+        ...
+
+    def active(self) -> bool:
+        """Whether somebody is there."""
+        ...
+
+    def write(self, frame: bytes) -> None:
+        """Send a message, after those that were written before; from any thread."""
+        ...
+
+    def read_on(self) -> None:
+        """Go on reading, after `Stream.received` said that it does not want more."""
+        ...
+
+    def end(self, status: grpc.StatusCode, details: str) -> None:
+        """End the call once all is sent."""
+        ...
+
+
+class Stream(Protocol):
+    """Our side of a stream. None of these waits, or raises."""
+
+    def received(self, frame: bytes) -> bool:
+        """A message came; whether further ones are wanted now."""
+        ...
+
+    def sent(self) -> None:
+        """A message that was written has been sent."""
+        ...
+
+    def no_more(self) -> None:
+        """The caller sends nothing more."""
+        ...
+
+
+class DirectStream:
+    """One call of gRPC's with many messages each way, read and written without a thread."""
+
+    def __init__(self, event: Any, state: Any, open_stream: Callable[[Wire], Stream]) -> None:
+        self._event = event
+        self._state = state
+        self._lock = threading.Lock()
+        self._unsent: deque[bytes] = deque()
+        self._sending = False
+        self._ended: tuple[grpc.StatusCode, str] | None = None
+        self._stream = open_stream(self)
+
+    def begin(self) -> None:
+        """Read the first message. The state's lock is held."""
+        self.read_on()
+
+    def remaining_s(self) -> float:
+        return max(0.0, float(self._event.call_details.deadline) - time.time())
+
+    def active(self) -> bool:
+        from grpc import _server
+
+        return bool(_server._is_rpc_state_active(self._state))
+
+    def read_on(self) -> None:
+        from grpc import _server
+        from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+        operations = (cygrpc.ReceiveMessageOperation(_server._EMPTY_FLAGS),)
+        with self._state.condition:
+            if self.active():
+                self._event.call.start_server_batch(operations, self._arrived)
+                self._state.due.add(_server._RECEIVE_MESSAGE_TOKEN)
+
+    def write(self, frame: bytes) -> None:
+        with self._lock:
+            self._unsent.append(frame)
+            if self._sending:
+                return
+            self._sending = True
+        self._send_next()
+
+    def end(self, status: grpc.StatusCode, details: str) -> None:
+        with self._lock:
+            self._ended = self._ended or (status, details)
+            if self._sending:
+                return
+            self._sending = True
+        self._send_next()
+
+    def _send_next(self) -> None:
+        """Send what is next; whoever comes here has set `_sending`."""
+        from grpc import _server
+        from grpc._cython import cygrpc  # type: ignore[attr-defined]
+
+        with self._lock:
+            frame = self._unsent.popleft() if self._unsent else None
+            if frame is None and self._ended is None:
+                self._sending = False
+                return
+        with self._state.condition:
+            if not self.active():
+                return
+            if frame is None:
+                assert self._ended is not None
+                context = _server._Context(self._event, self._state, None)
+                context.set_code(self._ended[0])
+                context.set_details(self._ended[1])
+                _server._status(self._event, self._state, None)
+                return
+            operations = [cygrpc.SendMessageOperation(frame, _server._EMPTY_FLAGS)]
+            if self._state.initial_metadata_allowed:
+                first = _server._get_initial_metadata_operation(self._state, None)
+                operations.insert(0, first)
+                self._state.initial_metadata_allowed = False
+            self._event.call.start_server_batch(operations, self._sent)
+            self._state.due.add(_server._SEND_MESSAGE_TOKEN)
+
+    # On the polling thread.
+
+    def _arrived(self, received: Any) -> Any:
+        from grpc import _server
+
+        message = received.batch_operations[0].message()
+        with self._state.condition:
+            finished = _server._possibly_finish_call(self._state, _server._RECEIVE_MESSAGE_TOKEN)
+        try:
+            if message is None:
+                self._stream.no_more()
+            elif self._stream.received(message):
+                self.read_on()
+        except BaseException:
+            # An error here would end the polling thread, and with it the server.
+            _log.exception("a message of a stream could not be read")
+            self.end(grpc.StatusCode.INTERNAL, "the server could not read the request")
+        return finished
+
+    def _sent(self, _: Any) -> Any:
+        from grpc import _server
+
+        with self._state.condition:
+            finished = _server._possibly_finish_call(self._state, _server._SEND_MESSAGE_TOKEN)
+        try:
+            self._stream.sent()
+            self._send_next()
+        except BaseException:
+            _log.exception("a stream could not go on")
+        return finished

@@ -5,6 +5,7 @@ Three kinds of calls get threads of their own, so that none starves another:
     compute   Compute, ComputeBackward                    max_workers threads, max_waiting calls queue; those
                                                           that need no thread are taken over without one
     streams   StreamMonitoring                            max_streams threads, nothing queues
+    requests  ComputeStream                               as compute calls, each request of a stream
     control   HealthCheck, GetServiceInfo, and whatever else is registered on the server
 
 A call that finds its kind full is refused at once with RESOURCE_EXHAUSTED, before its message is read; gRPC
@@ -23,9 +24,10 @@ from google.protobuf.message import Message
 
 from splitlearn_comm.core.errors import ServerStartError
 from splitlearn_comm.protocol import compute_pb2
-from splitlearn_comm.server.direct import Call, DirectPool, available
+from splitlearn_comm.server.direct import Call, DirectPool, Stream, Wire, available
 from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_comm.server.servicer import ComputeServicer
+from splitlearn_comm.server.streams import Streams
 
 SERVICE = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"].full_name
 DEFAULT_MAX_MESSAGE_LENGTH = 100 * 1024 * 1024
@@ -63,6 +65,13 @@ class _TakesOver(_OnPool):
     """A handler that takes calls over where the pool lets it, see `splitlearn_comm.server.direct`."""
 
     begin: Callable[[bytes, Call], None]
+
+
+@dataclass(frozen=True)
+class _Opens(_OnPool):
+    """A handler that opens streams where the pool lets it, see `splitlearn_comm.server.direct`."""
+
+    open: Callable[[Wire], Stream]
 
 
 @dataclass(frozen=True)
@@ -126,11 +135,13 @@ class NetworkServer:
         grpc_server: grpc.Server,
         port: int,
         servicer: ComputeServicer,
+        streams: Streams,
         pools: Sequence[BoundedPool],
     ) -> None:
         self.grpc_server = grpc_server
         self.port = port
         self._servicer = servicer
+        self._streams = streams
         self._pools = tuple(pools)
 
     def start(self) -> None:
@@ -149,6 +160,7 @@ class NetworkServer:
             Whether all handlers have ended. False: a model still runs, whose caller was told.
         """
         self._servicer.end_streams()
+        self._streams.stop()
         self.grpc_server.stop(grace_s).wait()
         idle = True
         for pool in self._pools:
@@ -182,7 +194,7 @@ def build_server(
         address: `host:port` (port 0 picks a free one) or `unix:PATH`.
         max_workers: Compute and ComputeBackward calls that run at once.
         max_waiting: such calls that may wait beyond those.
-        max_streams: monitoring streams at once.
+        max_streams: monitoring streams at once; and streams of requests, where these need threads.
         max_message_length: bytes, each way.
         credentials: TLS; plain text without.
         interceptors: as for `grpc.server`.
@@ -194,7 +206,10 @@ def build_server(
     streams = BoundedPool("monitoring-stream", max_streams, 0)
     control = BoundedPool("control", _CONTROL_WORKERS, _CONTROL_WAITING)
     refusals = BoundedPool("refusal", 1, _REFUSALS_WAITING)
-    pools = (compute, streams, control, refusals)
+    # Those that are taken over need no threads.
+    compute_streams = compute if available() else BoundedPool("compute-stream", max_streams, 0)
+    opened = Streams(servicer.begin, compute)
+    pools = tuple(dict.fromkeys((compute, compute_streams, streams, control, refusals)))
     server = grpc.server(
         control,
         interceptors=list(interceptors),
@@ -207,7 +222,7 @@ def build_server(
         ),
     )
     server.add_generic_rpc_handlers(
-        (_Routes(_routes(servicer, compute, streams, control), refusals),)
+        (_Routes(_routes(servicer, opened, compute, compute_streams, streams, control), refusals),)
     )
     try:
         port = (
@@ -222,7 +237,7 @@ def build_server(
             f"cannot listen on {address}: the port is taken, or the address is not one of this "
             "machine; choose another port, or 0 for any free one"
         ) from error
-    return NetworkServer(server, port, servicer, pools)
+    return NetworkServer(server, port, servicer, opened, pools)
 
 
 def join_address(host: str, port: int) -> str:
@@ -231,7 +246,12 @@ def join_address(host: str, port: int) -> str:
 
 
 def _routes(
-    servicer: ComputeServicer, compute: BoundedPool, streams: BoundedPool, control: BoundedPool
+    servicer: ComputeServicer,
+    opened: Streams,
+    compute: BoundedPool,
+    compute_streams: BoundedPool,
+    streams: BoundedPool,
+    control: BoundedPool,
 ) -> dict[str, _Route]:
     def unary(
         handle: Callable[..., Message | bytes],
@@ -250,6 +270,9 @@ def _routes(
         request_deserializer=compute_pb2.MonitoringStreamRequest.FromString,
         response_serializer=_serialized,
     )
+    requests = grpc.stream_stream_rpc_method_handler(
+        _Opens(opened.handle, compute_streams, opened.open)
+    )
     forward = unary(servicer.Compute, compute_pb2.ComputeRequest, compute, servicer.begin_compute)
     backward = unary(
         servicer.ComputeBackward, compute_pb2.BackwardRequest, compute, servicer.begin_backward
@@ -259,6 +282,7 @@ def _routes(
     return {
         f"/{SERVICE}/Compute": _Route(forward, compute, "compute calls"),
         f"/{SERVICE}/ComputeBackward": _Route(backward, compute, "compute calls"),
+        f"/{SERVICE}/ComputeStream": _Route(requests, compute_streams, "streams"),
         f"/{SERVICE}/HealthCheck": _Route(health, control, "control calls"),
         f"/{SERVICE}/GetServiceInfo": _Route(info, control, "control calls"),
         f"/{SERVICE}/StreamMonitoring": _Route(stream, streams, "monitoring streams"),

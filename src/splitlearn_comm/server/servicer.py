@@ -1,4 +1,4 @@
-"""Answers the five rpcs of wire 1.0, whatever the backend is.
+"""Answers the rpcs of the wire, whatever the backend is.
 
 A request goes: still wanted? → open the target → still wanted? → decode → run → encode. "Still wanted" means
 that the caller is there and its deadline has not passed; otherwise the model is not run. Every refusal
@@ -32,6 +32,7 @@ from splitlearn_comm.core import frames
 from splitlearn_comm.core.codec import TensorCodec, checked_shape
 from splitlearn_comm.core.compute_function import Computed, invoke
 from splitlearn_comm.core.errors import ComputeError, ComputeFailed, DeadlinePassed, InvalidRequest
+from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.core.messages import decode_cache, encode_cache
 from splitlearn_comm.core.out_of_memory import telling_out_of_memory
 from splitlearn_comm.protocol import compute_pb2
@@ -128,12 +129,21 @@ class ComputeServicer:
 
     def begin_compute(self, message: bytes, call: DirectCall) -> None:
         """As `Compute`, for an encoded ComputeRequest, and without waiting for the answer."""
-        started_s = self._begun()
         try:
             request, data = frames.read(compute_pb2.ComputeRequest(), message)
         except DecodeError:
             call.refuse(grpc.StatusCode.INVALID_ARGUMENT, "the message is no ComputeRequest")
             return
+        self.begin(request, data, call)
+
+    def begin(self, request: compute_pb2.ComputeRequest, data: Bytes, call: DirectCall) -> None:
+        """As `Compute`, without waiting for the answer.
+
+        Args:
+            request: all but the tensor's bytes are taken from it.
+            data: the tensor's bytes.
+        """
+        started_s = self._begun()
         if not self._taken_over(request, data, call, started_s):
             call.run(lambda request, context: self._computed(request, data, context), request)
 
@@ -226,7 +236,7 @@ class ComputeServicer:
     def _taken_over(
         self,
         request: compute_pb2.ComputeRequest,
-        data: bytes | memoryview,
+        data: Bytes,
         call: DirectCall,
         started_s: float,
     ) -> bool:
@@ -248,7 +258,7 @@ class ComputeServicer:
     def _computed(
         self,
         request: compute_pb2.ComputeRequest,
-        data: bytes | memoryview,
+        data: Bytes,
         context: grpc.ServicerContext,
     ) -> bytes:
         call = Call(context, request.model_id)
@@ -300,9 +310,7 @@ class ComputeServicer:
             call.check_wanted()
             yield opened
 
-    def _compute(
-        self, request: compute_pb2.ComputeRequest, data: bytes | memoryview, call: Call
-    ) -> bytes:
+    def _compute(self, request: compute_pb2.ComputeRequest, data: Bytes, call: Call) -> bytes:
         # Before opening, which may load a model: a request that fits none should not cost that.
         checked_shape(request.shape)
         response = compute_pb2.ComputeResponse()
@@ -328,7 +336,7 @@ class ComputeServicer:
             computed_ms = (self._clock() - started_s) * 1000
             if computed.present is not None:
                 response.present_key_values.extend(encode_cache(computed.present, codec))
-            return self.encoded(request, response, codec, output, computed_ms)
+            return b"".join(self.encoded(request, response, codec, output, computed_ms))
 
     def encoded(
         self,
@@ -337,14 +345,14 @@ class ComputeServicer:
         codec: TensorCodec,
         output: torch.Tensor,
         computed_ms: float,
-    ) -> bytes:
-        """The response's bytes, with what every response has added to `response`."""
+    ) -> tuple[Bytes, ...]:
+        """The response's bytes in parts, with what every response has added to `response`."""
         data, shape = codec.view(output)
         response.shape.extend(shape)
         response.compute_time_ms = computed_ms
         if request.HasField("request_id"):
             response.request_id = request.request_id
-        return frames.write(data, response.SerializeToString(), self._recent_load_field())
+        return frames.parts(data, response.SerializeToString(), self._recent_load_field())
 
     def _backward(
         self, request: compute_pb2.BackwardRequest, call: Call
@@ -399,13 +407,13 @@ class Forward:
         servicer: ComputeServicer,
         call: DirectCall,
         request: compute_pb2.ComputeRequest,
-        data: bytes | memoryview,
+        data: Bytes,
         started_s: float,
     ) -> None:
         self._servicer = servicer
         self._call = call
         self._request = request
-        self._data: bytes | memoryview | None = data
+        self._data: Bytes | None = data
         self._codec: TensorCodec | None = None
         self._started_s = started_s
         remaining_s = call.remaining_s()
@@ -435,7 +443,7 @@ class Forward:
         except Exception as error:
             self.refuse(from_model_error(model_id, error), model_id)
             return
-        self._call.send(response)
+        self._call.send(*response)
         self._servicer.answered(model_id, self._started_s)
 
     def refuse(self, error: ComputeError, model_id: str = "") -> None:
@@ -460,8 +468,8 @@ class WaitingCall:
     def active(self) -> bool:
         return bool(self._context.is_active())
 
-    def send(self, response: bytes) -> None:
-        self._response = response
+    def send(self, *response: Bytes) -> None:
+        self._response = b"".join(response)
         self._ended.set()
 
     def refuse(self, status: grpc.StatusCode, details: str) -> None:

@@ -30,6 +30,9 @@ from splitlearn_manager.server.managed_server import ManagedServer
 _LOOK_FOR_SIGNALS_S = 0.1
 # Reading makes next to no garbage, and all that it makes stays.
 _WHILE_READING = (200_000, 20, 20)
+# Each request makes some hundred objects and no garbage that refers to itself: with Python's own thresholds
+# a node under load spends a twentieth of its time on looking for such.
+_WHILE_SERVING = (20_000, 20, 100)
 _MOST_LISTED = 50
 
 
@@ -86,19 +89,20 @@ def converge(
 
 
 def files_read(screen: Screen | None, has_models: Callable[[], bool]) -> Callable[[int, int], None]:
-    """What is done as the directory's files are read: it is shown, garbage is collected seldom meanwhile,
-    and at the end what was read is exempted from collection.
+    """What is done as the directory's files are read: it is shown, garbage is collected seldom meanwhile and
+    less often from then on, and at the end what was read, and PyTorch, is exempted from collection.
 
     A full collection goes through thousands of configs one by one, while no thread runs. With models
     there, nothing is exempted: what refers to itself in one of them would never be freed.
     """
-    thresholds = gc.get_threshold()
 
     def told(done: int, total: int) -> None:
         if screen is not None:
             screen.files_read(done, total)
-        gc.set_threshold(*(thresholds if done >= total else _WHILE_READING))
+        gc.set_threshold(*(_WHILE_SERVING if done >= total else _WHILE_READING))
         if done >= total and not has_models():
+            import torch  # noqa: F401 - a third of a million objects, which models need in any case
+
             gc.collect()
             gc.freeze()
 

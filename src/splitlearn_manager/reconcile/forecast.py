@@ -1,9 +1,9 @@
 """How much memory a list of actions will take on the way: a pure function.
 
 What nobody can know beforehand is how long each piece of work takes. The figures are those of a run in which
-all loads take the same time, and memory comes back a little after that: later than the next load begins,
-but within its time. So beside a load there are the old versions of the updates that are under way, and
-of those that have just ended.
+all loads take the same short time, and memory comes back a little after that: later than the next load
+begins, but within its time. So beside a load there are the old versions of the updates that are under way,
+and of those that have just ended. Room is made when no load is under way, for one after the other.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def _changes(
     turns = [0.0] * max_parallel_loads
     held = dict(ledger.reservations)
     back: dict[str, float] = {}
+    all_ended = 0.0
 
     def change(at: float, device: str, mb: float) -> None:
         changes.append((at + len(changes) * _ONE_AFTER_THE_OTHER, device, mb))
@@ -61,9 +62,13 @@ def _changes(
                 held[old.key] = replace(old, mb=action.mb)
             continue
         if not action.takes_turn:
-            back[action.model_id] = _COMES_BACK
+            returns = _COMES_BACK
+            if action.makes_room_for:
+                # What goes at the same time for another reason is gone when the load begins.
+                returns += all_ended + 2 * _AFTER_A_LOAD_BEGINS
+            back[action.model_id] = returns
             if old is not None:
-                change(_COMES_BACK, old.device, -old.mb)
+                change(returns, old.device, -old.mb)
             continue
         freed = max((back.get(model_id, _COMES_BACK) for model_id in action.after), default=0.0)
         begins = max(heapq.heappop(turns), freed)
@@ -78,4 +83,5 @@ def _changes(
             change(returns, old.device, -old.mb)
         back[action.model_id] = returns
         heapq.heappush(turns, begins + 1)
+        all_ended = max(all_ended, begins + 1)
     return changes

@@ -301,7 +301,10 @@ class Batcher:
         queue.running += 1
         self._began_s[me] = now
         self._least_s = max(self._least_s, queue.had_s)
-        self._see_to_time(now)
+        if self._next(now) is not None:
+            self._wake_one()
+        else:
+            self._see_to_time(now)
         return batch
 
     def _woken_by_time(self, me: _Thread) -> None:

@@ -108,18 +108,23 @@ def test_message_has_exactly_the_fields_of_version_one(name: str) -> None:
     assert [described(field) for field in message.fields] == wanted
 
 
-def test_there_are_no_other_messages() -> None:
-    assert set(compute_pb2.DESCRIPTOR.message_types_by_name) == set(MESSAGES)
+OURS = {"StreamedRequest", "StreamedResponse", "Refusal"}
+"""Messages of `ComputeStream`, which version 1.0 does not have."""
 
 
-def test_service_has_exactly_the_rpcs_of_version_one() -> None:
+def test_there_are_no_other_messages_but_those_of_streams() -> None:
+    assert set(compute_pb2.DESCRIPTOR.message_types_by_name) == set(MESSAGES) | OURS
+
+
+def test_service_has_the_rpcs_of_version_one_and_the_stream() -> None:
     service = compute_pb2.DESCRIPTOR.services_by_name["ComputeService"]
     assert service.full_name == "splitlearn.comm.ComputeService"
     assert {
         method.name: (method.input_type.name, method.output_type.name, method.server_streaming)
         for method in service.methods
+        if method.name != "ComputeStream"
     } == RPCS
-    assert not any(method.client_streaming for method in service.methods)
+    assert [m.name for m in service.methods if m.client_streaming] == ["ComputeStream"]
 
 
 def test_file_is_proto3_in_the_package_that_peers_name() -> None:

@@ -1,0 +1,205 @@
+"""Many requests at a time over one ComputeStream; each has a future of its own.
+
+The stream is opened by the first request, and again by the next one after it broke. What a server of version
+1.0 answers to it (UNIMPLEMENTED) is remembered: from then on requests are made one by one, on a few threads.
+Nothing is sent twice: a request whose stream broke fails, and whoever made it decides.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import grpc
+
+from splitlearn_comm.client.channel import ComputeChannel
+from splitlearn_comm.client.errors import RemoteComputeError
+from splitlearn_comm.core import frames
+from splitlearn_comm.core.frames import Bytes
+from splitlearn_comm.protocol import compute_pb2
+
+_RPC = "ComputeStream"
+_STATUSES = {status.value[0]: status for status in grpc.StatusCode}
+_THREADS_WITHOUT_STREAMS = 8
+
+
+class Asked(Future[tuple[compute_pb2.ComputeResponse, Bytes]]):
+    """The answer to a request: the response, and the bytes of its tensor, which are missing in it.
+
+    Attributes:
+        call: makes the request by itself, where the server has no streams.
+    """
+
+    def __init__(self, frame: bytes, number: int, call: Callable[[], bytes]) -> None:
+        super().__init__()
+        self.frame = frame
+        self.number = number
+        self.call = call
+
+
+class RequestStream:
+    """See the module's text. Safe to use from several threads."""
+
+    def __init__(self, channel: ComputeChannel) -> None:
+        self._channel = channel
+        self._lock = threading.Lock()
+        self._numbers = 0
+        self._open: _Open | None = None
+        self._has_streams = True
+        self._threads: ThreadPoolExecutor | None = None
+
+    def ask(self, request: tuple[Bytes, ...], timeout_s: float, call: Callable[[], bytes]) -> Asked:
+        """Send a request.
+
+        Args:
+            request: an encoded ComputeRequest, in parts.
+            timeout_s: how long the server may take to answer.
+            call: as for `Asked`; gives an encoded ComputeResponse.
+        """
+        with self._lock:
+            self._numbers += 1
+            number = self._numbers
+        rest = compute_pb2.StreamedRequest(id=number, timeout_s=timeout_s).SerializeToString()
+        asked = Asked(frames.enclose(request, rest), number, call)
+        with self._lock:
+            if not self._has_streams:
+                self._alone(asked)
+                return asked
+            opened = self._open
+            if opened is None or opened.send(asked) is not None:
+                opened = self._open = _Open(self._channel, self._broke)
+                failure = opened.send(asked)
+            else:
+                failure = None
+        if failure is not None:
+            # It has ended already, and nobody else will tell of this request.
+            self._broke(opened, [asked], failure)
+        return asked
+
+    def withdraw(self, asked: Asked) -> None:
+        """Nobody waits for it any more."""
+        with self._lock:
+            if self._open is not None:
+                self._open.withdraw(asked)
+
+    def close(self) -> None:
+        """End the stream; what has no answer fails."""
+        with self._lock:
+            opened, self._open = self._open, None
+            threads, self._threads = self._threads, None
+        if opened is not None:
+            opened.close()
+        if threads is not None:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _broke(self, opened: _Open, left: list[Asked], failure: RemoteComputeError) -> None:
+        """The stream has ended, and these have no answer."""
+        with self._lock:
+            if self._open is opened:
+                self._open = None
+            if failure.code() is grpc.StatusCode.UNIMPLEMENTED:
+                # The server has read none of them.
+                self._has_streams = False
+                for asked in left:
+                    self._alone(asked)
+                return
+        for asked in left:
+            if asked.set_running_or_notify_cancel():
+                asked.set_exception(failure)
+
+    def _alone(self, asked: Asked) -> None:
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_THREADS_WITHOUT_STREAMS, "compute-request")
+        self._threads.submit(_call, asked)
+
+
+def _call(asked: Asked) -> None:
+    if not asked.set_running_or_notify_cancel():
+        return
+    try:
+        asked.set_result(frames.read(compute_pb2.ComputeResponse(), asked.call()))
+    except BaseException as error:
+        asked.set_exception(error)
+
+
+class _Open:
+    """One call. Its requests are sent by a thread of gRPC's; another one here takes the answers."""
+
+    def __init__(
+        self,
+        channel: ComputeChannel,
+        broke: Callable[[_Open, list[Asked], RemoteComputeError], None],
+    ) -> None:
+        self._broke = broke
+        self._failure: RemoteComputeError | None = None
+        self._lock = threading.Lock()
+        self._unanswered: dict[int, Asked] = {}
+        self._unsent: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._call = channel.open_stream(_RPC, self._sending())
+        threading.Thread(target=self._receive, name="compute-stream", daemon=True).start()
+
+    def send(self, asked: Asked) -> RemoteComputeError | None:
+        """Send a request; if the call has ended, why."""
+        with self._lock:
+            if self._failure is None:
+                self._unanswered[asked.number] = asked
+                self._unsent.put(asked.frame)
+            return self._failure
+
+    def withdraw(self, asked: Asked) -> None:
+        with self._lock:
+            if self._unanswered.pop(asked.number, None) is None:
+                return
+        self._unsent.put(compute_pb2.StreamedRequest(id=asked.number).SerializeToString())
+
+    def close(self) -> None:
+        self._unsent.put(None)
+        end_call: Callable[[], object] = self._call.cancel
+        end_call()
+
+    def _sending(self) -> Iterator[bytes]:
+        while (frame := self._unsent.get()) is not None:
+            yield frame
+
+    def _receive(self) -> None:
+        status, details = grpc.StatusCode.UNAVAILABLE, "the server has ended the stream"
+        try:
+            for frame in self._call:
+                self._answered(frame)
+        except grpc.RpcError as error:
+            status, details = error.code(), error.details() or ""
+        finally:
+            self._unsent.put(None)
+            failure = RemoteComputeError(_RPC, status, details, 1)
+            with self._lock:
+                self._failure = failure
+                left = list(self._unanswered.values())
+                self._unanswered.clear()
+            self._broke(self, left, failure)
+
+    def _answered(self, frame: bytes) -> None:
+        answer, response, data = _read(frame)
+        with self._lock:
+            asked = self._unanswered.pop(answer.id, None)
+        if asked is None or not asked.set_running_or_notify_cancel():
+            return
+        if answer.HasField("refusal"):
+            status = _STATUSES.get(answer.refusal.code, grpc.StatusCode.UNKNOWN)
+            asked.set_exception(RemoteComputeError("Compute", status, answer.refusal.message, 1))
+        else:
+            asked.set_result((response, data))
+
+
+def _read(
+    frame: bytes,
+) -> tuple[compute_pb2.StreamedResponse, compute_pb2.ComputeResponse, Bytes]:
+    place = frames.first_field(frame) if len(frame) >= frames.BIG_BYTES else None
+    if place is None:
+        answer = compute_pb2.StreamedResponse.FromString(frame)
+        return answer, answer.response, answer.response.data
+    begin, end = place
+    answer = compute_pb2.StreamedResponse.FromString(frame[end:])
+    response, data = frames.read(compute_pb2.ComputeResponse(), memoryview(frame)[begin:end])
+    return answer, response, data

@@ -1,0 +1,292 @@
+"""Many requests over one call: every one is answered, as a call of its own would be, in any order."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future
+from queue import SimpleQueue
+
+import grpc
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from splitlearn_comm import GRPCComputeClient, GRPCComputeServer
+from splitlearn_comm.client.errors import RemoteComputeError
+from splitlearn_comm.client.retry import FixedDelay
+from splitlearn_comm.core import ComputeFunction, ModelComputeFunction, TensorCodec
+from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
+from splitlearn_comm.server import grpc_server as wiring
+from splitlearn_comm.server.streams import WINDOW
+from support.waiting import eventually
+
+PATIENCE_S = 20.0
+RPC = "/splitlearn.comm.ComputeService/ComputeStream"
+
+
+class Gated(ComputeFunction):
+    """Twice its input, once the gate is open; raises for negative values."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.began = threading.Semaphore(0)
+
+    def compute(self, input_tensor: torch.Tensor) -> torch.Tensor:
+        self.began.release()
+        assert self.gate.wait(PATIENCE_S)
+        if input_tensor.min() < 0:
+            raise ValueError("negative")
+        return input_tensor * 2
+
+
+@pytest.fixture(params=["taken over", "gRPC's own"])
+def function(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gated:
+    if request.param == "gRPC's own":
+        monkeypatch.setattr(wiring, "available", lambda: False)
+    return Gated()
+
+
+@pytest.fixture
+def server(function: Gated) -> Iterator[GRPCComputeServer]:
+    with GRPCComputeServer(function, port=0, max_workers=4) as server:
+        yield server
+
+
+@pytest.fixture
+def client(server: GRPCComputeServer) -> Iterator[GRPCComputeClient]:
+    once = FixedDelay(max_attempts=1)
+    with GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S, retry_strategy=once) as client:
+        yield client
+
+
+def test_each_future_gets_its_own_answer(client: GRPCComputeClient, function: Gated) -> None:
+    function.gate.set()
+    tensors = [torch.full((1, size), float(size)) for size in range(1, 100)]
+    futures = [client.compute_async(tensor) for tensor in tensors]
+    for tensor, future in zip(tensors, futures, strict=True):
+        assert torch.equal(future.result(PATIENCE_S), tensor * 2)
+    assert client.get_statistics()["total_requests"] == len(tensors)
+
+
+def test_large_tensors_pass(client: GRPCComputeClient, function: Gated) -> None:
+    function.gate.set()
+    tensors = [torch.rand(1000, 1000) for _ in range(3)]
+    for tensor, answer in zip(tensors, client.compute_many(tensors), strict=True):
+        assert torch.equal(answer, tensor * 2)
+
+
+def test_one_refusal_is_one_futures_own(client: GRPCComputeClient, function: Gated) -> None:
+    function.gate.set()
+    good, bad = client.compute_async(torch.ones(2)), client.compute_async(-torch.ones(2))
+    assert torch.equal(good.result(PATIENCE_S), torch.full((2,), 2.0))
+    with pytest.raises(RemoteComputeError, match=r"INTERNAL: .*ValueError: negative"):
+        bad.result(PATIENCE_S)
+    assert torch.equal(
+        client.compute_async(torch.ones(1)).result(PATIENCE_S), torch.full((1,), 2.0)
+    )
+
+
+def test_many_are_given_in_order_whatever_comes_first(
+    client: GRPCComputeClient, function: Gated
+) -> None:
+    function.gate.set()
+    taken: list[int] = []
+
+    def tensors() -> Iterator[torch.Tensor]:
+        for number in range(50):
+            taken.append(number)
+            yield torch.full((1,), float(number))
+
+    answers = client.compute_many(tensors(), in_flight=5)
+    assert next(answers).item() == 0.0
+    assert len(taken) == 5
+    assert [answer.item() for answer in answers] == [2.0 * n for n in range(1, 50)]
+
+
+def test_a_stream_reads_no_more_than_its_window(
+    client: GRPCComputeClient, function: Gated, server: GRPCComputeServer
+) -> None:
+    futures = [client.compute_async(torch.full((1,), float(n))) for n in range(3 * WINDOW)]
+    for _ in range(4):
+        assert function.began.acquire(timeout=PATIENCE_S)
+    function.gate.set()
+    assert [f.result(PATIENCE_S).item() for f in futures] == [2.0 * n for n in range(3 * WINDOW)]
+
+
+def test_a_deadline_is_each_requests_own(function: Gated, server: GRPCComputeServer) -> None:
+    with GRPCComputeClient(f"127.0.0.1:{server.port}", timeout=0.2) as hasty:
+        late = [hasty.compute_async(torch.ones(1)) for _ in range(8)]
+        for _ in range(4):
+            assert function.began.acquire(timeout=PATIENCE_S)
+        passed = threading.Event()
+        passed.wait(0.3)
+        function.gate.set()
+        # Four ran before their time was over, and are answered; the others never run.
+        ends = [future.exception(PATIENCE_S) for future in late]
+        refused = [e for e in ends if e is not None]
+        assert len(refused) == 4
+        assert all(e.code() is grpc.StatusCode.DEADLINE_EXCEEDED for e in refused)  # type: ignore[attr-defined]
+        assert not function.began.acquire(blocking=False)
+
+
+def test_a_cancelled_future_withdraws_its_request(
+    client: GRPCComputeClient, function: Gated
+) -> None:
+    running = [client.compute_async(torch.ones(1)) for _ in range(4)]
+    for _ in running:
+        assert function.began.acquire(timeout=PATIENCE_S)
+    waiting = [client.compute_async(torch.ones(1)) for _ in range(3)]
+    assert waiting[1].cancel()
+    last = client.compute_async(torch.ones(1))
+
+    def has_read_all() -> bool:
+        info = client.get_service_info()
+        return info is not None and info["total_requests"] == 8
+
+    eventually(has_read_all, "the server has read all requests")
+    function.gate.set()
+    for future in (*running, waiting[0], waiting[2], last):
+        assert future.result(PATIENCE_S).item() == 2.0
+    with pytest.raises(CancelledError):
+        waiting[1].result()
+    for _ in range(3):
+        assert function.began.acquire(timeout=PATIENCE_S)
+    assert not function.began.acquire(blocking=False)
+
+
+def test_a_server_that_stops_answers_what_it_has_and_refuses_the_rest(
+    client: GRPCComputeClient, function: Gated, server: GRPCComputeServer
+) -> None:
+    futures = [client.compute_async(torch.ones(1)) for _ in range(4)]
+    for _ in futures:
+        assert function.began.acquire(timeout=PATIENCE_S)
+    stopping = threading.Thread(target=server.stop, args=(PATIENCE_S,))
+    stopping.start()
+    function.gate.set()
+    assert [future.result(PATIENCE_S).item() for future in futures] == [2.0] * 4
+    stopping.join(PATIENCE_S)
+    assert not stopping.is_alive()
+    with pytest.raises(RemoteComputeError, match="UNAVAILABLE"):
+        client.compute_async(torch.ones(1)).result(PATIENCE_S)
+
+
+def test_a_stream_that_broke_is_opened_again(function: Gated, server: GRPCComputeServer) -> None:
+    function.gate.set()
+    with GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S) as client:
+        assert client.compute_async(torch.ones(1)).result(PATIENCE_S).item() == 2.0
+        server.stop()
+        server.start()
+        answers = client.compute_many(torch.ones(1) for _ in range(3))
+        assert [answer.item() for answer in answers] == [2.0] * 3
+
+
+def test_closing_the_client_fails_what_waits(client: GRPCComputeClient, function: Gated) -> None:
+    future = client.compute_async(torch.ones(1))
+    assert function.began.acquire(timeout=PATIENCE_S)
+    client.close()
+    with pytest.raises(RemoteComputeError):
+        future.result(PATIENCE_S)
+    function.gate.set()
+
+
+class OneByOne(compute_pb2_grpc.ComputeServiceServicer):
+    """A server without streams, as version 1.0 is."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def Compute(
+        self, request: compute_pb2.ComputeRequest, context: grpc.ServicerContext
+    ) -> compute_pb2.ComputeResponse:
+        self.calls += 1
+        tensor = TensorCodec().decode(request.data, request.shape) * 2
+        data, shape = TensorCodec().encode(tensor)
+        return compute_pb2.ComputeResponse(data=data, shape=shape, compute_time_ms=1.0)
+
+
+def test_a_server_without_streams_is_asked_one_by_one_and_each_once() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    server = grpc.server(ThreadPoolExecutor(4))
+    servicer = OneByOne()
+    compute_pb2_grpc.add_ComputeServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    with GRPCComputeClient(f"127.0.0.1:{port}", PATIENCE_S) as client:
+        futures = [client.compute_async(torch.full((1,), float(n))) for n in range(20)]
+        assert [f.result(PATIENCE_S).item() for f in futures] == [2.0 * n for n in range(20)]
+        assert servicer.calls == 20
+        more = client.compute_many(torch.full((1,), float(n)) for n in range(20))
+        assert [answer.item() for answer in more] == [2.0 * n for n in range(20)]
+    server.stop(None)
+
+
+class Raw:
+    """A stream spoken by hand."""
+
+    def __init__(self, port: int) -> None:
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{port}")
+        self.frames: SimpleQueue[bytes | None] = SimpleQueue()
+        self.call = self.channel.stream_stream(RPC)(iter(self.frames.get, None), timeout=PATIENCE_S)
+
+    def send(self, number: int, value: float) -> None:
+        data, shape = TensorCodec().encode(torch.full((1,), value))
+        request = compute_pb2.ComputeRequest(data=data, shape=shape)
+        self.frames.put(compute_pb2.StreamedRequest(id=number, request=request).SerializeToString())
+
+
+def test_an_id_that_is_taken_is_refused_and_the_stream_goes_on(
+    server: GRPCComputeServer, function: Gated
+) -> None:
+    raw = Raw(server.port)
+    raw.send(7, 1.0)
+    raw.send(7, 2.0)
+    refusal = compute_pb2.StreamedResponse.FromString(next(raw.call))
+    assert refusal.id == 7
+    assert refusal.refusal.code == grpc.StatusCode.INVALID_ARGUMENT.value[0]
+    assert "give each an id of its own" in refusal.refusal.message
+    function.gate.set()
+    answer = compute_pb2.StreamedResponse.FromString(next(raw.call))
+    assert TensorCodec().decode(answer.response.data, answer.response.shape).item() == 2.0
+    raw.frames.put(None)
+    assert list(raw.call) == []
+    assert raw.call.code() is grpc.StatusCode.OK
+    raw.channel.close()
+
+
+def test_bytes_that_are_no_request_end_the_stream_and_not_the_server(
+    server: GRPCComputeServer, function: Gated
+) -> None:
+    function.gate.set()
+    raw = Raw(server.port)
+    raw.frames.put(b"\xff\xff\xff")
+    with pytest.raises(grpc.RpcError) as caught:
+        next(raw.call)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    raw.channel.close()
+    other = Raw(server.port)
+    other.send(1, 3.0)
+    assert next(other.call)
+    other.frames.put(None)
+    other.channel.close()
+
+
+MODEL = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).eval()
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 6)), min_size=1, max_size=20))
+def test_streamed_answers_are_the_models_own(shapes: list[tuple[int, int]]) -> None:
+    """Seen to fail with answers that are given out in the order of asking, whatever their ids."""
+    with (
+        GRPCComputeServer(ModelComputeFunction(MODEL), port=0) as server,
+        GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S) as client,
+    ):
+        tensors = [torch.randn(*shape, 5) for shape in shapes]
+        futures: list[Future[torch.Tensor]] = [client.compute_async(t) for t in tensors]
+        for tensor, future in zip(tensors, futures, strict=True):
+            with torch.inference_mode():
+                torch.testing.assert_close(future.result(PATIENCE_S), MODEL(tensor))
