@@ -25,6 +25,7 @@ from torch import nn
 
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from splitlearn_manager import ManagedServer, ModelConfig, ServerConfig
+from splitlearn_manager.errors import OperationInProgress
 from support.comm_v1 import V1Client, from_wire, to_wire
 from support.gated import Gate
 from support.models import save_mlp, tiny_bert, tiny_gpt2
@@ -257,8 +258,8 @@ class Lab:
         self.server.load_model(self.config("mlp", "mlp.pt", config=shape))
         return module
 
-    def load_slow(self) -> None:
-        slow = self.config("slow", "gated:slow", warmup=False, config=self.gate.config)
+    def load_slow(self, **keys: object) -> None:
+        slow = self.config("slow", "gated:slow", warmup=False, config=self.gate.config, **keys)
         self.server.load_model(slow)
 
     def refusal(self, request: compute_pb2.ComputeRequest, timeout: float = 30) -> grpc.RpcError:
@@ -420,6 +421,29 @@ def test_a_request_whose_deadline_passes_in_the_queue_is_never_computed(tmp_path
         third = lab.stub.Compute.future(x, timeout=60)
         assert first.result().data == third.result().data
         assert lab.gate.begun == 2
+
+
+def test_what_still_waits_after_drain_timeout_is_told_to_try_again_and_what_runs_goes_on(
+    tmp_path: Path,
+) -> None:
+    x = request_of(torch.ones(1, 2), "slow")
+    with Lab(tmp_path, max_workers=1) as lab:
+        lab.load_slow(drain_timeout_s=0.3)
+        running = lab.stub.Compute.future(x, timeout=60)
+        lab.gate.wait_begun(1)
+        waiting = [lab.stub.Compute.future(x, timeout=60) for _ in range(3)]
+        in_flight = lab.server.model_manager.table.by_model["slow"]
+        eventually(lambda: in_flight.in_flight == 4, "all have been taken over")
+        with pytest.raises(OperationInProgress, match="slow"):
+            lab.server.unload_model("slow")
+        for call in waiting:
+            error = call.exception(60)
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            assert "was unloaded before this request's turn; try again" in error.details()
+        assert not running.done()
+        lab.gate.release()
+        assert running.result(60).shape == [1, 2]
+        assert lab.gate.begun == 1
 
 
 def test_a_full_queue_is_resource_exhausted_and_loses_nothing(tmp_path: Path) -> None:

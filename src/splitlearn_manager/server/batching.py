@@ -208,15 +208,15 @@ class Batcher:
                 else:
                     self._see_to_time(now)
 
-    def cut(self, instance: ManagedModel, why: ComputeError) -> int:
-        """Refuse all requests of an instance that wait; how many they were."""
+    def cut(self, key: str, why: ComputeError) -> int:
+        """Refuse all requests that wait for the instance of that key; how many they were."""
         with self._lock:
-            queue = self._active.get(instance.key)
+            queue = self._active.get(key)
             cut = [*queue.waiting] if queue is not None else []
             if queue is not None:
                 queue.waiting.clear()
                 if not queue.running:
-                    del self._active[instance.key]
+                    del self._active[key]
         for waiting in cut:
             _refuse(waiting, why)
         return len(cut)
@@ -225,10 +225,10 @@ class Batcher:
         """Refuse what waits, take nothing more, and let the threads go."""
         with self._lock:
             self._stopped = True
-            instances = [queue.instance for queue in self._active.values()]
+            keys = list(self._active)
             idle, self._idle = self._idle, []
-        for instance in instances:
-            self.cut(instance, NotReady("the node is shutting down"))
+        for key in keys:
+            self.cut(key, NotReady("the node is shutting down"))
         for thread in idle:
             thread.wake.release()
 

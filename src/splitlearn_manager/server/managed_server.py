@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 
-from splitlearn_comm.core.errors import ServerStartError
+from splitlearn_comm.core.errors import NotReady, ServerStartError
 from splitlearn_comm.server.grpc_server import NetworkServer, build_server, join_address
 from splitlearn_comm.server.monitoring import SystemMonitor
 from splitlearn_comm.server.servicer import ComputeServicer
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.server_config import ServerConfig
 from splitlearn_manager.core.clock import Clock, SystemClock
+from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.resource_manager import ResourceManager
 from splitlearn_manager.desired.source import DesiredSource
@@ -123,6 +124,7 @@ class ManagedServer:
             out_of_memory=self.model_manager.ran_out_of_memory,
             ran=self.metrics.record_batch,
         )
+        self.model_manager.on_event(self._cut_what_waits)
         self._source, self._watcher = self._open_source(directory, on_progress)
         self.state_dir: Path | None = None
         store: Store | None = None
@@ -417,6 +419,19 @@ class ManagedServer:
         http.start()
         self.metrics_port = http.port
         return http
+
+    def _cut_what_waits(self, event: ManagerEvent) -> None:
+        """Requests of a model that should have gone by now do not wait for it any longer."""
+        if event.kind is not EventKind.DRAIN_OVERDUE:
+            return
+        why = NotReady(
+            f"model {event.model_id!r} was unloaded before this request's turn; try again"
+        )
+        if cut := self.batcher.cut(event.key, why):
+            message = (
+                f"{cut} requests still waited after drain_timeout_s: they were told to try again"
+            )
+            log_event(log, logging.WARNING, "RequestsCut", message, model=event.model_id)
 
     def _after_turn(self, turn: Turn) -> None:
         if self._live and turn.desired.server is not None:

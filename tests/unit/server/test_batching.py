@@ -219,7 +219,7 @@ def test_what_waits_can_be_cut_and_a_stopped_batcher_takes_nothing() -> None:
     (first,) = ask(joined, instance, torch.ones(1, 4))
     gate.wait_entered()
     waiting = ask(joined, instance, torch.ones(1, 4), torch.ones(1, 4))
-    assert joined.cut(instance, NotReady("cut")) == 2
+    assert joined.cut(instance.key, NotReady("cut")) == 2
     for one in waiting:
         with pytest.raises(NotReady, match="cut"):
             one.result()
