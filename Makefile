@@ -5,11 +5,12 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
+PEERS  := $(VENV)-peers/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check format bench simulate mutants chaos soak docs stubs clean
+.PHONY: help run test check format bench bench-peers simulate mutants chaos soak docs stubs clean
 
 help:
 	@echo 'make run       serve the models that desired/ declares'
@@ -17,6 +18,7 @@ help:
 	@echo 'make check     formatting, lint, types, one-way imports'
 	@echo 'make format    format the code and fix what ruff can fix'
 	@echo 'make bench     measure edit-to-answer latency, request cost, memory, and large directories'
+	@echo 'make bench-peers  our node beside mosec and LitServe, installed into $(VENV)-peers: docs/benchmarks.md'
 	@echo 'make simulate  the whole loop on a simulated machine: EPISODES=2000 from FIRST=0; SEED=n shows one'
 	@echo 'make mutants   seeded bugs, each of which the simulation must find: a table; ONLY="words of a name"'
 	@echo 'make chaos     real faults on real processes: STARTS=200 kills, swaps, full disks, dead watchers'
@@ -57,7 +59,15 @@ $(BENCH): $(READY)
 	@touch $@
 
 bench: $(BENCH)
-	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s --ignore tests/benchmarks/bench_peers.py
+
+$(PEERS): tests/benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet -r tests/benchmarks/peers/requirements.txt
+	@touch $@
+
+bench-peers: $(BENCH) $(PEERS)
+	$(BIN)/python -m pytest tests/benchmarks/bench_peers.py -q -s --timeout 3600
 
 # One seed: as small as it still fails, and with WHOLE=1 with all that happens in it.
 simulate: $(READY)
@@ -86,4 +96,4 @@ stubs:
 	rm -rf $(VENV)-stubs
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info
+	rm -rf $(VENV) $(VENV)-peers .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build src/*.egg-info

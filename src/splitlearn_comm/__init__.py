@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from splitlearn_comm._exports import lazy_exports
 
 if TYPE_CHECKING:
+    from splitlearn_comm.client.async_client import AsyncGRPCComputeClient
     from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError
     from splitlearn_comm.client.grpc_client import GRPCComputeClient
     from splitlearn_comm.client.retry import ExponentialBackoff, FixedDelay, RetryStrategy
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from splitlearn_comm.server.servicer import ComputeServicer
 
 __all__ = [
+    "AsyncGRPCComputeClient",
     "ClientClosed",
     "CompressedTensorCodec",
     "ComputeBackend",
@@ -73,6 +75,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         name: f"splitlearn_comm.{module}"
         for module, names in {
+            "client.async_client": ("AsyncGRPCComputeClient",),
             "client.errors": ("ClientClosed", "RemoteComputeError"),
             "client.grpc_client": ("GRPCComputeClient",),
             "client.retry": ("ExponentialBackoff", "FixedDelay", "RetryStrategy"),

@@ -153,8 +153,8 @@ def _check_patience(load: Action, observed: Observed) -> None:
     demand = observed.demands.get(load.model_id)
     if demand is None:
         raise Broken("I19", f"requests are kept from others for {load.model_id}, which none wants")
-    waited_s = observed.now_s - demand.oldest_s
-    if waited_s < PATIENCE_S and observed.now_s < demand.urgent_s:
+    if observed.now_s < min(demand.oldest_s + PATIENCE_S, demand.urgent_s):
+        waited_s = observed.now_s - demand.oldest_s
         message = f"requests are kept from others for {load.model_id} after {waited_s:g} s"
         raise Broken("I19", message)
 

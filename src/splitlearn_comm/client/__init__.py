@@ -1,6 +1,8 @@
 """The caller's end: a client for servers of wire 1.0.
 
 grpc_client   GRPCComputeClient: tensors in, tensors out
+async_client  AsyncGRPCComputeClient: the same for asyncio
+requests      many requests over one stream
 channel       calls: time limit, retries, errors
 retry         when to try again
 statistics    where the time went
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from splitlearn_comm._exports import lazy_exports
 
 if TYPE_CHECKING:
+    from splitlearn_comm.client.async_client import AsyncGRPCComputeClient
     from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError
     from splitlearn_comm.client.grpc_client import GRPCComputeClient
     from splitlearn_comm.client.messages import MonitoringData, ServiceDescription
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from splitlearn_comm.client.statistics import Statistics, Timing
 
 __all__ = [
+    "AsyncGRPCComputeClient",
     "ClientClosed",
     "ExponentialBackoff",
     "FixedDelay",
@@ -38,6 +42,7 @@ __getattr__, __dir__ = lazy_exports(
     {
         name: f"{__name__}.{module}"
         for module, names in {
+            "async_client": ("AsyncGRPCComputeClient",),
             "errors": ("ClientClosed", "RemoteComputeError"),
             "grpc_client": ("GRPCComputeClient",),
             "messages": ("MonitoringData", "ServiceDescription"),

@@ -158,7 +158,7 @@ class GRPCComputeClient:
         return self.compute_with_timing(tensor, model_id)[0]
 
     def compute_async(
-        self, tensor: torch.Tensor, model_id: str | None = None
+        self, tensor: torch.Tensor, model_id: str | None = None, *, timeout: float | None = None
     ) -> Future[torch.Tensor]:
         """Run a model, and go on meanwhile.
 
@@ -169,6 +169,7 @@ class GRPCComputeClient:
         Args:
             tensor: as for `compute`.
             model_id: None lets the server choose.
+            timeout: seconds for this request; the client's unless given.
 
         Returns:
             A future of what `compute` returns. It raises RemoteComputeError with the gRPC status.
@@ -178,6 +179,7 @@ class GRPCComputeClient:
             ClientClosed: if the client was closed.
         """
         started_s = self._clock()
+        timeout_s = self.timeout if timeout is None else timeout
         request, data = self._plain(tensor, model_id)
 
         def call() -> bytes:
@@ -186,14 +188,14 @@ class GRPCComputeClient:
                 "Compute",
                 request,
                 compute_pb2.ComputeResponse,
-                timeout_s=max(0.0, started_s + self.timeout - self._clock()),
+                timeout_s=max(0.0, started_s + timeout_s - self._clock()),
                 retry=False,
             )
             return response.SerializeToString()
 
         answer: Future[torch.Tensor] = Future()
         stream = self._requests()
-        asked = stream.ask(frames.parts(data, request.SerializeToString()), self.timeout, call)
+        asked = stream.ask(frames.parts(data, request.SerializeToString()), timeout_s, call)
 
         def answered(asked: Future[tuple[compute_pb2.ComputeResponse, frames.Bytes]]) -> None:
             if asked.cancelled() or not answer.set_running_or_notify_cancel():

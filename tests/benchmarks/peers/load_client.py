@@ -1,0 +1,141 @@
+"""Callers in a closed loop: `python load_client.py KIND ADDRESS PATH MODEL CLIENTS SECONDS`; prints JSON.
+
+grpc    unary calls of wire 1.0
+stream  one ComputeStream for each caller
+http    one connection kept open for each caller, with as little of HTTP as the servers need
+
+Requests are encoded beforehand, and answers are read but not decoded. Each caller has a thread and a
+connection.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from time import perf_counter
+
+import grpc
+import models
+import torch
+import wire
+
+SERVICE = "/splitlearn.comm.ComputeService"
+DEADLINE_S = 30
+
+
+def encoded(kind: str, path: str, name: str, tensor: torch.Tensor) -> bytes:
+    """A request as it travels."""
+    if kind == "http":
+        body = wire.packed(tensor)
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/octet-stream\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        return head.encode() + body
+    from splitlearn_comm.core import TensorCodec
+    from splitlearn_comm.protocol import compute_pb2
+
+    data, shape = TensorCodec().encode(tensor)
+    request = compute_pb2.ComputeRequest(data=data, shape=shape, model_id=name)
+    if kind == "grpc":
+        return request.SerializeToString()
+    return compute_pb2.StreamedRequest(id=1, request=request).SerializeToString()
+
+
+def over_http(address: str, requests: Iterator[bytes], took: list[float], until: float) -> None:
+    host, port = address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), DEADLINE_S) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        while (began := perf_counter()) < until:
+            connection.sendall(next(requests))
+            read_answer(connection)
+            took.append(perf_counter() - began)
+
+
+def read_answer(connection: socket.socket) -> bytes:
+    """The body of one answer; anything but 200 ends the measurement."""
+    received = b""
+    while b"\r\n\r\n" not in received:
+        part = connection.recv(1 << 16)
+        assert part, "the server has closed the connection"
+        received += part
+    head, body = received.split(b"\r\n\r\n", 1)
+    assert head.split(b" ", 2)[1] == b"200", received[:300]
+    (size,) = (
+        int(line.split(b":")[1])
+        for line in head.lower().split(b"\r\n")
+        if line.startswith(b"content-length:")
+    )
+    parts, have = [body], len(body)
+    while have < size:
+        parts.append(connection.recv(1 << 18))
+        assert parts[-1], "the answer is cut short"
+        have += len(parts[-1])
+    return b"".join(parts)
+
+
+def channel_to(address: str, number: int) -> grpc.Channel:
+    # Equal channels share one connection; an argument of its own keeps each apart.
+    options = [("grpc.use_local_subchannel_pool", 1), ("bench.client", number)]
+    return grpc.insecure_channel(address, options=options)
+
+
+def over_calls(
+    address: str, requests: Iterator[bytes], took: list[float], until: float, number: int
+) -> None:
+    with channel_to(address, number) as channel:
+        call = channel.unary_unary(f"{SERVICE}/Compute")
+        while (began := perf_counter()) < until:
+            call(next(requests), timeout=DEADLINE_S)
+            took.append(perf_counter() - began)
+
+
+def over_stream(
+    address: str, requests: Iterator[bytes], took: list[float], until: float, number: int
+) -> None:
+    may_send, began = threading.Semaphore(1), [0.0]
+
+    def sending() -> Iterator[bytes]:
+        while True:
+            may_send.acquire()
+            began[0] = perf_counter()
+            if began[0] >= until:
+                return
+            yield next(requests)
+
+    with channel_to(address, number) as channel:
+        for _ in channel.stream_stream(f"{SERVICE}/ComputeStream")(sending()):
+            took.append(perf_counter() - began[0])
+            may_send.release()
+
+
+def main(kind: str, address: str, path: str, name: str, clients: int, seconds: float) -> None:
+    frames = [encoded(kind, path, name, tensor) for tensor in models.inputs(name)]
+    until = perf_counter() + seconds
+    all_took: list[list[float]] = [[] for _ in range(clients)]
+
+    def caller(number: int) -> None:
+        requests = itertools.islice(itertools.cycle(frames), number, None)
+        took = all_took[number]
+        run: Callable[..., None] = {"grpc": over_calls, "stream": over_stream}.get(kind, over_http)
+        run(address, requests, took, until, *([number] if kind != "http" else []))
+
+    with ThreadPoolExecutor(clients) as threads:
+        list(threads.map(caller, range(clients)))
+    took = sorted(itertools.chain.from_iterable(all_took))
+    assert took, "nothing was answered"
+    found = {
+        "answered": len(took),
+        "p50_ms": took[len(took) // 2] * 1000,
+        "p99_ms": took[min(len(took) - 1, int(len(took) * 0.99))] * 1000,
+    }
+    print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5], int(sys.argv[5]), float(sys.argv[6]))

@@ -1,0 +1,182 @@
+"""The tables and the picture of docs/benchmarks.md."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+COLORS = {"ours": "#1f5f8b", "ours, streams": "#7fb2d6", "mosec": "#c98a1b", "LitServe": "#b3402a"}
+_HOW = """\
+All servers run the same modules from one file, in one process that computes, with one thread within a
+forward (`OMP_NUM_THREADS=1`), and join up to 32 requests with the least wait that they take. Ours is
+called by the unary calls of wire 1.0 and over streams, the others by HTTP with raw bytes over a socket
+that does no more than it must. Clients run beside the servers on the same processors, in a closed loop,
+with requests that are encoded beforehand. Each server's answers were compared with the model's own
+first. Figures are medians, with the least and the most in parentheses."""
+
+
+class Row(Protocol):
+    """One measurement."""
+
+    @property
+    def system(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def clients(self) -> int: ...
+    @property
+    def per_second(self) -> float: ...
+    @property
+    def p50_ms(self) -> float: ...
+    @property
+    def p99_ms(self) -> float: ...
+    @property
+    def cpu_ms(self) -> float: ...
+    @property
+    def memory_mb(self) -> float: ...
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    middle = format(statistics.median(values), form)
+    return f"{middle} ({format(min(values), form)}–{format(max(values), form)})"
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One model's rows as Markdown: medians over the rounds, with the least and the most."""
+    lines = [
+        "| clients | server | requests/s | p50 ms | p99 ms | server CPU ms a request | memory MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for clients in dict.fromkeys(row.clients for row in rows):
+        for system in dict.fromkeys(row.system for row in rows):
+            found = [r for r in rows if r.clients == clients and r.system == system]
+            cells = (
+                _spread([r.per_second for r in found], ",.0f"),
+                _spread([r.p50_ms for r in found], ".2f"),
+                _spread([r.p99_ms for r in found], ".2f"),
+                _spread([r.cpu_ms for r in found], ".2f"),
+                f"{statistics.median(r.memory_mb for r in found):,.0f}",
+            )
+            lines.append(f"| {clients} | {system} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def against_best(rows: Sequence[Row]) -> str:
+    """Ours over the best of the others, as Markdown: above 1 is more requests, and a shorter time."""
+    lines = ["| model | clients | requests/s | p99 |", "|---|---|---|---|"]
+    for model in dict.fromkeys(row.model for row in rows):
+        for clients in dict.fromkeys(row.clients for row in rows):
+
+            def median(system: str, of: Callable[[Row], float]) -> float:
+                found = [
+                    of(r)
+                    for r in rows
+                    if (r.model, r.clients, r.system) == (model, clients, system)  # noqa: B023
+                ]
+                return statistics.median(found)
+
+            others = [s for s in dict.fromkeys(r.system for r in rows) if not s.startswith("ours")]
+            most = max(median(s, lambda r: r.per_second) for s in others)
+            shortest = min(median(s, lambda r: r.p99_ms) for s in others)
+            faster = median("ours", lambda r: r.per_second) / most
+            sooner = shortest / median("ours", lambda r: r.p99_ms)
+            lines.append(f"| {model} | {clients} | {faster:.2f} × | {sooner:.2f} × |")
+    return "\n".join(lines)
+
+
+def write(page: Path, rows: Sequence[Row], rounds: int, seconds: float) -> None:
+    """The page and its picture."""
+    picture = page.with_suffix(".svg")
+    draw(picture, rows)
+    names = {"mosec": "mosec 0.9.8", "LitServe": "LitServe 0.2.19"}
+    systems = ", ".join(names.get(s, s) for s in dict.fromkeys(r.system for r in rows))
+    parts = [
+        "# Beside other servers",
+        "",
+        f"Written by `make bench-peers` on {date.today().isoformat()}: {systems}; {rounds} rounds of "
+        f"{seconds:g} s, in which the servers take turns.",
+        f"Machine: {os.cpu_count()} processors ({_processor()}), {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}, torch {version('torch')}, grpcio {version('grpcio')}.",
+        "",
+        _HOW,
+        "",
+        f"![Requests a second and 99th percentile]({picture.name})",
+        "",
+        "## Ours over the best of the others",
+        "",
+        "Above 1: more requests a second, a shorter 99th percentile.",
+        "",
+        against_best(rows),
+    ]
+    for model in dict.fromkeys(row.model for row in rows):
+        parts += ["", f"## {model}", "", table([row for row in rows if row.model == model])]
+    page.write_text("\n".join(parts) + "\n")
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Bars for each model and number of clients, with the spread of the rounds."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt
+
+    names = list(dict.fromkeys(row.model for row in rows))
+    systems = list(dict.fromkeys(row.system for row in rows))
+    loads = list(dict.fromkeys(row.clients for row in rows))
+    measures: list[tuple[str, Callable[[Row], float]]] = [
+        ("requests a second", lambda row: row.per_second),
+        ("99th percentile, ms", lambda row: row.p99_ms),
+    ]
+    figure, axes = plt.subplots(
+        len(measures), len(names), figsize=(3.4 * len(names), 5.6), squeeze=False
+    )
+    width = 0.8 / len(systems)
+    for line, (label, of) in enumerate(measures):
+        for column, name in enumerate(names):
+            plot = axes[line][column]
+            for place, system in enumerate(systems):
+                groups = [
+                    [of(r) for r in rows if (r.model, r.system, r.clients) == (name, system, load)]
+                    for load in loads
+                ]
+                middles = [statistics.median(group) for group in groups]
+                below = [m - min(g) for m, g in zip(middles, groups, strict=True)]
+                above = [max(g) - m for m, g in zip(middles, groups, strict=True)]
+                plot.bar(
+                    [x + (place - (len(systems) - 1) / 2) * width for x in range(len(loads))],
+                    middles,
+                    width,
+                    yerr=[below, above],
+                    color=COLORS.get(system, "#777777"),
+                    label=system,
+                    error_kw={"linewidth": 0.8, "capsize": 1.5},
+                )
+            plot.set_xticks(range(len(loads)), [str(load) for load in loads])
+            plot.spines[["top", "right"]].set_visible(False)
+            if line == 0:
+                plot.set_title(name, fontsize=11)
+            else:
+                plot.set_xlabel("clients")
+            if column == 0:
+                plot.set_ylabel(label)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(systems), frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(path)
+    plt.close(figure)
