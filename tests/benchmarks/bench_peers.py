@@ -8,7 +8,7 @@ Printed, and written to docs/benchmarks.md and its picture by a run of the usual
 50th and 99th percentile of a request's time, milliseconds of processor time of the server for each request,
 and the server's memory. Before anything is measured, each server's answers are compared with the model's own.
 
-`make bench-peers`. ROUNDS (3), SECONDS (4), MODELS, SYSTEMS, CLIENTS choose less; ROWS is a file for the
+`make bench-peers`. ROUNDS (3), SECONDS (3), MODELS, SYSTEMS, CLIENTS choose less; ROWS is a file for the
 figures.
 """
 
@@ -42,7 +42,7 @@ import wire  # noqa: E402
 PYTHON_OF_PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
 PAGE = Path(__file__).parents[2] / "docs" / "benchmarks.md"
 
-USUAL = {"ROUNDS": "3", "SECONDS": "4", "CLIENTS": "1,8,32"}
+USUAL = {"ROUNDS": "3", "SECONDS": "3", "CLIENTS": "1,8,32"}
 ROUNDS = int(os.environ.get("ROUNDS", USUAL["ROUNDS"]))
 SECONDS = float(os.environ.get("SECONDS", USUAL["SECONDS"]))
 CLIENTS = [int(n) for n in os.environ.get("CLIENTS", USUAL["CLIENTS"]).split(",")]

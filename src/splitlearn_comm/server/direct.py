@@ -30,23 +30,17 @@ from splitlearn_comm.server.pool import BoundedPool
 
 _log = logging.getLogger(__name__)
 
+_IN_POOL = (
+    "rpc_event",
+    "state",
+    "behavior",
+    "argument_thunk",
+    "request_deserializer",
+    "response_serializer",
+)
 _EXPECTED = {
-    "_unary_response_in_pool": (
-        "rpc_event",
-        "state",
-        "behavior",
-        "argument_thunk",
-        "request_deserializer",
-        "response_serializer",
-    ),
-    "_stream_response_in_pool": (
-        "rpc_event",
-        "state",
-        "behavior",
-        "argument_thunk",
-        "request_deserializer",
-        "response_serializer",
-    ),
+    "_unary_response_in_pool": _IN_POOL,
+    "_stream_response_in_pool": _IN_POOL,
     "_get_initial_metadata_operation": ("state", "metadata"),
     "_status": ("rpc_event", "state", "serialized_response"),
     "_abort": ("state", "call", "code", "details"),

@@ -58,7 +58,8 @@ def _changes(ledger: Ledger, actions: Sequence[Action], max_parallel_loads: int)
         changes.append((at + len(changes) * _ONE_AFTER_THE_OTHER, device, mb, places))
 
     def has_room(at: float, device: str, mb: float) -> bool:
-        done = [found for found in changes if found[0] <= at]
+        now = at + len(changes) * _ONE_AFTER_THE_OTHER
+        done = [found for found in changes if found[0] <= now]
         used_mb = ledger.used_mb(device) + sum(m for _, d, m, _ in done if d == device)
         places = len(ledger.reservations) + sum(found[3] for found in done)
         return used_mb + mb <= ledger.limit_mb(device) + _ROUNDING_MB and places < ledger.max_models
