@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import threading
 import traceback
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ class ThreadRuntime:
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
+        self._lock = threading.Lock()
+        self._threads: int | None = None
 
     def start(self, config: ModelConfig, device: str) -> RunningInThreads:
         """Load the model on `device` and warm it up.
@@ -39,6 +42,7 @@ class ThreadRuntime:
         Raises:
             LoadError: or one of its subclasses; the model's memory has been given back.
         """
+        self._use_all_processors()
         try:
             return self._start(config, device)
         except BaseException as error:
@@ -62,6 +66,18 @@ class ThreadRuntime:
         return RunningInThreads(
             loaded, function, config, device, notes, warmup.shape, joins=joining.joins
         )
+
+    def _use_all_processors(self) -> None:
+        """What forwards are limited to, loads are not: weights are copied by all processors.
+
+        PyTorch keeps the number for each thread, and gives a new one what was set last anywhere.
+        """
+        import torch
+
+        with self._lock:
+            if self._threads is None:
+                self._threads = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
 
 
 def _forget_locals(error: BaseException | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,37 @@ def test_a_started_model_answers_and_is_measured(tmp_path: Path) -> None:
     assert running.warmed
     assert running.joins
     assert running.notes == ("requests of equal shape are joined into batches",)
+
+
+class Counting:
+    """A loader that notes how many threads PyTorch uses for it."""
+
+    def __init__(self) -> None:
+        self.threads: list[int] = []
+
+    def load(self, config: object, device: str) -> LoadedModel:
+        self.threads.append(torch.get_num_threads())
+        return LoadedModel(nn.Linear(8, 8).eval(), 0.0, "counting")
+
+
+def test_a_load_uses_all_processors_whatever_forwards_are_limited_to(tmp_path: Path) -> None:
+    usual = torch.get_num_threads()
+    loader = Counting()
+    runtime = ThreadRuntime(loader)  # type: ignore[arg-type]
+    config = model_config(tmp_path / "m.pt")
+
+    def load() -> None:
+        runtime.start(config, "cpu")
+
+    for limit in (usual, usual + 1):
+        forward = threading.Thread(target=torch.set_num_threads, args=(limit,))
+        forward.start()
+        forward.join()
+        loading = threading.Thread(target=load)
+        loading.start()
+        loading.join()
+    torch.set_num_threads(usual)
+    assert loader.threads == [usual, usual]
 
 
 def test_a_started_model_can_be_trained(tmp_path: Path) -> None:
