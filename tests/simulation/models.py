@@ -27,7 +27,7 @@ from splitlearn_manager.errors import (
     UntrustedCheckpoint,
     WeightsNotFound,
 )
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 
 EACH_MB = 0.5
 """What one input of a batch takes, where a forward takes anything."""
@@ -164,6 +164,14 @@ class Running:
         return self
 
     def when_ended(self, tell: object) -> None:
+        pass
+
+    joins = False
+
+    def find_joining(self) -> Joining:
+        return Joining(False, "not tried")
+
+    def join(self, joining: Joining) -> None:
         pass
 
     def measure_activations(self) -> Activations | None:

@@ -19,7 +19,7 @@ from splitlearn_manager.desired.state import (
     SourceRef,
 )
 from splitlearn_manager.errors import LoadError
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 
 
 class FakeClock:
@@ -77,6 +77,12 @@ class FakeRunning:
 
     def when_ended(self, tell: object) -> None:
         pass
+
+    def find_joining(self) -> Joining:
+        return Joining(False, "not tried")
+
+    def join(self, joining: Joining) -> None:
+        self.joins = joining.joins
 
     def measure_activations(self) -> Activations | None:
         return self.activations

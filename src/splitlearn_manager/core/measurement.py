@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 
 KEPT = 4
 """Versions of one model whose measurements are kept, the newest ones."""
@@ -26,6 +26,7 @@ class Measurement:
         estimated_mb: what the weights were thought to take before; None if nothing told.
         weights_mb: its parameters and buffers, each storage once.
         activations: what a forward takes beside them; None if none was measured.
+        joining: whether its requests may be joined; None if that is to be found out anew.
     """
 
     load_hash: str
@@ -34,6 +35,7 @@ class Measurement:
     estimated_mb: float | None
     weights_mb: float
     activations: Activations | None = None
+    joining: Joining | None = None
 
     @property
     def version(self) -> tuple[str, str]:

@@ -123,12 +123,28 @@ class ModelReader:
     def _measure(
         self, spec: ModelSpec, running: RunningModel, device: str, estimated_mb: float | None
     ) -> Measurement:
-        """What the model takes. Forwards are measured once for a version on a device: that costs some."""
+        """What the model takes, and whether its requests may be joined.
+
+        Forwards are run for that once for a version on a device: they cost some.
+        """
         before = self.measured(spec)
-        activations = before.activations if before is not None and before.device == device else None
+        if before is not None and before.device != device:
+            before = None
+        activations = before.activations if before is not None else None
         if activations is None:
             activations = running.measure_activations()
-        measured = Measurement(*spec.version, device, estimated_mb, running.memory_mb, activations)
+        joining = before.joining if before is not None else None
+        if joining is None or spec.config.batch_size == 1:
+            joining = running.find_joining()
+        running.join(joining)
+        measured = Measurement(
+            *spec.version,
+            device,
+            estimated_mb,
+            running.memory_mb,
+            activations,
+            joining if joining.lasts else None,
+        )
         known = self.measurements(spec.model_id)
         self._measured[spec.model_id] = with_newest(known, measured)
         return measured

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from splitlearn_manager.core.measurement import Measurement
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 
 
 def to_data(measured: Iterable[Measurement]) -> list[dict[str, object]]:
@@ -35,6 +35,8 @@ def _one_to_data(measured: Measurement) -> dict[str, object]:
     }
     if (activations := measured.activations) is not None:
         data["activations_mb"] = [list(line) for line in activations.lines]
+    if (joining := measured.joining) is not None:
+        data["joining"] = {"joins": joining.joins, "note": joining.note}
     return data
 
 
@@ -49,7 +51,14 @@ def _one_from_data(data: Mapping[str, Any]) -> Measurement:
         activations=Activations(tuple((_finite(fixed), _mb(each)) for fixed, each in lines))
         if lines is not None
         else None,
+        joining=_joining(data.get("joining")),
     )
+
+
+def _joining(data: Any) -> Joining | None:
+    if data is None:
+        return None
+    return Joining(data["joins"] is True, str(data["note"]))
 
 
 def _mb(value: Any) -> float:

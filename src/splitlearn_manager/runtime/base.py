@@ -58,6 +58,21 @@ class Activations:
         return max((fixed + each * batch_size for fixed, each in self.lines), default=0.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Whether requests of a model may be joined into batches, as it was found by running it.
+
+    Attributes:
+        joins: they may, if their shapes are equal but for the first dimension.
+        note: what was found, for people.
+        lasts: it is so for as long as the version is the same.
+    """
+
+    joins: bool
+    note: str
+    lasts: bool = True
+
+
 class Loader(Protocol):
     """Reads a model from its files."""
 
@@ -95,7 +110,18 @@ class RunningModel(Protocol):
 
     @property
     def joins(self) -> bool:
-        """Whether requests of equal shape may be joined along their first dimension."""
+        """Whether requests may be joined; False until `join` has said so."""
+        ...
+
+    def find_joining(self) -> Joining:
+        """Run a few forwards to find out whether requests may be joined.
+
+        Raises nothing that the model raises. It is worth a call once a version.
+        """
+        ...
+
+    def join(self, joining: Joining) -> None:
+        """Take over what was found, in this load or an earlier one of the version."""
         ...
 
     def measure_activations(self) -> Activations | None:

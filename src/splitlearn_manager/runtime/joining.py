@@ -10,30 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
 from splitlearn_comm.core import ModelComputeFunction
 from splitlearn_comm.core.compute_function import invoke
+from splitlearn_manager.runtime.base import Joining
 
 _PARTS = (1, 2, 1)
 """Rows of the inputs that are tried."""
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """How much two answers may differ, as a part of the largest value: sums are taken in another order."""
-
-
-@dataclass(frozen=True)
-class Joining:
-    """What was found.
-
-    Attributes:
-        joins: whether requests may be joined.
-        note: what was found, for people.
-    """
-
-    joins: bool
-    note: str
 
 
 def try_joining(
@@ -48,7 +35,7 @@ def try_joining(
     Raises nothing that the model raises.
     """
     if batch_size == 1:
-        return _apart("batch_size is 1")
+        return _apart("batch_size was 1 when it was loaded", lasts=False)
     if not shape:
         return _apart("it was not warmed up")
     parts = _PARTS if batch_size >= sum(_PARTS) else (1, 1)
@@ -87,8 +74,8 @@ def _judged(
     return Joining(True, "requests of equal shape are joined into batches")
 
 
-def _apart(why: str) -> Joining:
-    return Joining(False, f"requests are not joined into batches: {why}")
+def _apart(why: str, *, lasts: bool = True) -> Joining:
+    return Joining(False, f"requests are not joined into batches: {why}", lasts)
 
 
 def _fit(answers: Sequence[torch.Tensor]) -> bool:

@@ -20,7 +20,7 @@ from splitlearn_comm.core.deadlines import deadline_s
 from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, LoadTimeout, ModelUnavailable, WorkerDied
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 from splitlearn_manager.runtime.channel import Closed, Message
 from splitlearn_manager.runtime.lent_weights import LentWeights
 from splitlearn_manager.runtime.worker_errors import raised_in
@@ -120,7 +120,7 @@ class RunningInProcess:
         self._closed = False
         self.memory_mb = float(answer["weights_mb"])
         self.warmed = bool(answer["warmed"])
-        self.joins = bool(answer["joins"])
+        self.joins = False
         self.notes = notes
 
     @property
@@ -133,6 +133,16 @@ class RunningInProcess:
         if self._closed:
             raise ModelUnavailable("the model has been unloaded")
         return self._function
+
+    def find_joining(self) -> Joining:
+        """Have the worker run a few forwards to find out whether requests may be joined."""
+        found = self._function.ask({"op": "joining"})[0]
+        return Joining(bool(found["joins"]), str(found["note"]), bool(found["lasts"]))
+
+    def join(self, joining: Joining) -> None:
+        """Take over what was found."""
+        self.joins = joining.joins
+        self.notes = (*self.notes, joining.note)
 
     def measure_activations(self) -> Activations | None:
         """Have the worker run two forwards to measure what one takes beside the weights."""

@@ -15,7 +15,7 @@ from splitlearn_comm.core import ComputeFunction, ModelComputeFunction
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, ModelUnavailable
 from splitlearn_manager.runtime.activations import measure_activations
-from splitlearn_manager.runtime.base import Activations, LoadedModel, Loader
+from splitlearn_manager.runtime.base import Activations, Joining, LoadedModel, Loader
 from splitlearn_manager.runtime.joining import try_joining
 from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
 from splitlearn_manager.runtime.warmup import warm_up
@@ -56,16 +56,13 @@ class ThreadRuntime:
         try:
             function = _compute_function(loaded, config, device)
             warmup = warm_up(function, config)
-            joining = try_joining(function, warmup.shape, config.batch_size)
         except BaseException:
             loaded.release()
             raise
         # What was read and converted on the way is free by now, but not yet the system's.
         trim_heap()
-        notes = (*loaded.notes, *warmup.notes, joining.note)
-        return RunningInThreads(
-            loaded, function, config, device, notes, warmup.shape, joins=joining.joins
-        )
+        notes = (*loaded.notes, *warmup.notes)
+        return RunningInThreads(loaded, function, config, device, notes, warmup.shape)
 
     def _use_all_processors(self) -> None:
         """What forwards are limited to, loads are not: weights are copied by all processors.
@@ -107,7 +104,6 @@ class RunningInThreads:
 
     Args:
         answered: the shape of the input that it answered in warm-up; None if there was none.
-        joins: whether its requests may be joined.
     """
 
     def __init__(
@@ -118,8 +114,6 @@ class RunningInThreads:
         device: str,
         notes: tuple[str, ...],
         answered: tuple[int, ...] | None,
-        *,
-        joins: bool,
     ) -> None:
         self._release = loaded.release
         self._function: ModelComputeFunction | None = function
@@ -129,7 +123,7 @@ class RunningInThreads:
         self.memory_mb = loaded.weights_mb
         self.notes = notes
         self.warmed = answered is not None
-        self.joins = joins
+        self.joins = False
 
     @property
     def module(self) -> nn.Module:
@@ -160,6 +154,17 @@ class RunningInThreads:
         found = measure_activations(self._function, self._config, self._answered)
         trim_heap()
         return found
+
+    def find_joining(self) -> Joining:
+        """Run a few forwards to find out whether requests may be joined."""
+        found = try_joining(self._open(), self._answered, self._config.batch_size)
+        trim_heap()
+        return found
+
+    def join(self, joining: Joining) -> None:
+        """Take over what was found."""
+        self.joins = joining.joins
+        self.notes = (*self.notes, joining.note)
 
     def when_ended(self, tell: Callable[[LoadError], None]) -> None:
         """It ends with this process only."""

@@ -121,12 +121,16 @@ class Worker:
             "weights_mb": running.memory_mb,
             "notes": list(running.notes),
             "warmed": running.warmed,
-            "joins": running.joins,
             "lent": self._lent.entries,
             "borrowed": borrowed.used_by(running.module),
         }
         borrowed.close()
         return answer, (), self._lent.descriptors
+
+    def _joining(self, *_: Any) -> Answer:
+        assert self._running is not None, "asked before it was loaded"
+        found = self._running.find_joining()
+        return {"joins": found.joins, "note": found.note, "lasts": found.lasts}, (), ()
 
     def _activations(self, *_: Any) -> Answer:
         found = self._running.measure_activations() if self._running is not None else None

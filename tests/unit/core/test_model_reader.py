@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.model_reader import ModelReader
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 from support.fakes import FakeFiles, FakeRunning, FakeRuntime, model
 
 LINES = Activations(((5.0, 1.0),))
+FOUND = Joining(True, "they may be joined")
 
 
 class Measured(FakeRunning):
     """Counts how often forwards are run to measure them."""
 
     measured = 0
+    tried = 0
 
     def when_ended(self, tell: object) -> None:
         pass
@@ -23,6 +27,10 @@ class Measured(FakeRunning):
     def measure_activations(self) -> Activations | None:
         self.measured += 1
         return LINES
+
+    def find_joining(self) -> Joining:
+        self.tried += 1
+        return replace(FOUND, lasts=self.config.batch_size > 1)
 
 
 class Runtime(FakeRuntime):
@@ -34,6 +42,10 @@ class Runtime(FakeRuntime):
     @property
     def measured(self) -> list[int]:
         return [r.measured for r in self.running if isinstance(r, Measured)]
+
+    @property
+    def tried(self) -> list[int]:
+        return [r.tried for r in self.running if isinstance(r, Measured)]
 
 
 def reader() -> tuple[ModelReader, Runtime, FakeFiles]:
@@ -68,6 +80,22 @@ def test_nor_is_it_by_the_next_process() -> None:
     assert second.measurements("a") == first.measurements("a")
 
 
+def test_whether_requests_may_be_joined_is_found_once_for_a_version() -> None:
+    reads, runtime, files = reader()
+    for weights in ("w0", "w0", "w1"):
+        files.fingerprints["a"] = weights
+        _, running = reads.read(spec(weights), "cpu")
+        assert running.joins
+    assert runtime.tried == [1, 0, 1]
+
+
+def test_what_holds_for_a_batch_size_of_one_is_found_anew() -> None:
+    reads, runtime, _ = reader()
+    for batch_size in (1, 8, 8):
+        reads.read(spec(batch_size=batch_size), "cpu")
+    assert runtime.tried == [1, 1, 0]
+
+
 def test_another_device_may_take_another_amount() -> None:
     reads, runtime, _ = reader()
     for device in ("cpu", "cuda:0", "cuda:0"):
@@ -81,7 +109,7 @@ def test_the_estimate_is_kept_beside_what_was_measured() -> None:
     wanted = spec()
     assert reads.size_mb(wanted) == 85.0
     reads.read(wanted, "cpu")
-    measured = Measurement(*wanted.version, "cpu", 85.0, 90.0, LINES)
+    measured = Measurement(*wanted.version, "cpu", 85.0, 90.0, LINES, FOUND)
     assert reads.measured(wanted) == measured
     assert reads.size_mb(wanted) == 90.0 + 5.0 + 32.0
     # Another load of the version, which nobody has estimated again.

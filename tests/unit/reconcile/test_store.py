@@ -16,7 +16,7 @@ from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.desired.state import DesiredModel, SourceRef
 from splitlearn_manager.reconcile.record import HistoryEntry, ModelRecord, Record
 from splitlearn_manager.reconcile.store import NODE, DirectoryFiles, Store, shard_of
-from splitlearn_manager.runtime.base import Activations
+from splitlearn_manager.runtime.base import Activations, Joining
 from support.fakes import MemoryFiles, model
 
 OF = {"load_hash": "l", "weights": "w", "device": "cpu"}
@@ -94,7 +94,7 @@ def test_what_was_saved_is_loaded() -> None:
         served=served,
         suspended=True,
         measured=(
-            Measurement("l0", "w0", "cpu", None, 80.5),
+            Measurement("l0", "w0", "cpu", None, 80.5, joining=Joining(True, "they may")),
             Measurement("l1", "w1", "cuda:0", 90.0, 90.25, Activations(((1.0, 0.1), (-2.0, 0.4)))),
         ),
         accepted=replace(

@@ -117,7 +117,7 @@ def test_a_model_that_mixes_its_rows_is_found(module: nn.Module, why: str) -> No
 
 def test_what_is_not_known_or_not_wanted_is_not_joined() -> None:
     assert "it was not warmed up" in try_joining(ModelComputeFunction(nn.ReLU()), None, 32).note
-    assert "batch_size is 1" in found(nn.ReLU(), batch_size=1)
+    assert "batch_size was 1 when it was loaded" in found(nn.ReLU(), batch_size=1)
 
 
 def test_a_model_that_takes_one_batch_only_by_its_config_is_not_joined() -> None:

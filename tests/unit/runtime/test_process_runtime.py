@@ -135,6 +135,7 @@ def test_it_answers_as_in_a_thread(tmp_path: Path, started: list[RunningInProces
     assert running.memory_mb == other.memory_mb
     assert running.warmed
     assert running.measure_activations() == other.measure_activations()
+    assert running.find_joining() == other.find_joining()
     assert running.compute_function.get_info() == other.compute_function.get_info()
     assert pid_of(running) != os.getpid()
 

@@ -61,6 +61,10 @@ def test_a_started_model_answers_and_is_measured(tmp_path: Path) -> None:
     assert activations is not None
     assert activations.mb(32) == 32 * (8 + 2 * 16) * 4 / 2**20
     assert running.warmed
+    assert running.notes == ()
+    assert not running.joins
+    joining = running.find_joining()
+    running.join(joining)
     assert running.joins
     assert running.notes == ("requests of equal shape are joined into batches",)
 
