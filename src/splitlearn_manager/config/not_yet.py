@@ -26,8 +26,6 @@ class NotYet:
 
 
 MODEL_NOT_YET: Mapping[str, NotYet] = {
-    "optimize": NotYet(("none",), "optimize models"),
-    "optimize_tolerance": NotYet((1e-3,), "optimize models"),
     "max_queue_delay_ms": NotYet((0.0,), "join requests into batches"),
     "max_queue": NotYet((1024,), "join requests into batches"),
     "verify": NotYet((None,), "check a new version against golden answers"),
