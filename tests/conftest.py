@@ -15,3 +15,9 @@ def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(home))
         yield home
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where tests keep compiled code: one for all, since the compiler's own headers are compiled first."""
+    return tmp_path_factory.mktemp("compiled") / "code"

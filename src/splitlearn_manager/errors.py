@@ -11,7 +11,9 @@
     │   └── TerminalLoadError                       only a change of the file or the weights helps
     │       ├── InvalidModel                        the files are no model this loader can read
     │       ├── UntrustedCheckpoint                 loading would run code from the file
-    │       └── OverMemoryLimit                     larger than its own max_memory_mb
+    │       ├── OverMemoryLimit                     larger than its own max_memory_mb
+    │       ├── CannotOptimize                      not this model, or not on this machine
+    │       └── OptimizedAnswersDiffer              by more than its own optimize_tolerance
     ├── AdmissionError                              no room on this node at the moment
     │   ├── InsufficientMemory                  the budget has too little left
     │   ├── MemoryPressure                      the budget has, but others use the memory
@@ -97,6 +99,14 @@ class UntrustedCheckpoint(TerminalLoadError):
 
 class OverMemoryLimit(TerminalLoadError):
     """The model needs more than its own `max_memory_mb`."""
+
+
+class CannotOptimize(TerminalLoadError):
+    """What `optimize` asks for cannot be done with this model, or not on this machine."""
+
+
+class OptimizedAnswersDiffer(TerminalLoadError):
+    """The optimized model's answers differ from the plain one's by more than `optimize_tolerance`."""
 
 
 class AdmissionError(SplitlearnError):

@@ -6,6 +6,9 @@ mode would be visible to every other request that runs at the same time.
 Forwards run side by side under the read side of a lock; only the moment in which a step puts new
 Parameters in place (see `splitlearn_comm.core.training`) takes the write side, so no forward ever sees some
 of a step. Steps themselves run one at a time.
+
+Another callable may stand in for the module where inference asks for no cache (`stand_in`): a compiled
+form of it, say. It is one of certain weights, so the first step that is applied ends it.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ from splitlearn_comm.core.errors import ComputeFailed, InvalidRequest
 from splitlearn_comm.core.locks import ReadWriteLock
 from splitlearn_comm.core.model_input import input_rule
 from splitlearn_comm.core.training import GraphStore, KeptForward, ParameterSlots, gradients
+
+StandIn = Callable[[torch.Tensor], object]
+"""Takes the converted input, and returns what the module would."""
 
 
 class ModelComputeFunction(ComputeFunction):
@@ -74,6 +80,31 @@ class ModelComputeFunction(ComputeFunction):
         self._weights = ReadWriteLock()
         self._step = threading.Lock()
         self._slots: ParameterSlots | None = None
+        self._stand_in: StandIn | None = None
+        self._trained_past_it = False
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether the model takes and gives a key/value cache."""
+        return self._has_cache
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Integers of its input lie in [0, vocabulary); None where that is not known."""
+        return self._rule.vocabulary
+
+    @property
+    def trained_past_stand_in(self) -> bool:
+        """Whether a step has ended what stood in for the module."""
+        return self._trained_past_it
+
+    def stand_in(self, forward: StandIn | None) -> None:
+        """Have `forward` answer inference without a cache, in the module's place; None: the module itself.
+
+        It is called in inference mode with the converted input. Training, and calls with a cache, are
+        the module's own. The first step that is applied to the module's weights drops `forward`.
+        """
+        self._stand_in = forward
 
     @property
     def input_dtype(self) -> torch.dtype:
@@ -104,6 +135,9 @@ class ModelComputeFunction(ComputeFunction):
             )
         prepared = self._rule.convert(input_tensor, self.device)
         with torch.inference_mode(), self._weights.read():
+            wants_cache = past_key_values is not None or (use_cache and self._has_cache)
+            if self._stand_in is not None and not wants_cache:
+                return as_computed(self._stand_in(prepared), keep_present=False).output
             computed = self._forward(prepared, past_key_values, use_cache)
         if computed.present is None:
             return computed.output
@@ -169,6 +203,8 @@ class ModelComputeFunction(ComputeFunction):
             stepped = slots.stepped(found.grad_parameters, learning_rate)
             with self._weights.write():
                 slots.replace(stepped)
+                if self._stand_in is not None:
+                    self._stand_in, self._trained_past_it = None, True
         return found.grad_input
 
     def get_info(self) -> Mapping[str, object]:
@@ -189,8 +225,9 @@ class ModelComputeFunction(ComputeFunction):
         return info
 
     def teardown(self) -> None:
-        """Drop all kept forwards."""
+        """Drop all kept forwards, and what stands in for the module."""
         self._graphs.clear()
+        self._stand_in = None
 
     def _forward(
         self, prepared: torch.Tensor, past_key_values: KeyValues | None, use_cache: bool

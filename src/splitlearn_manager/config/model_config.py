@@ -130,9 +130,12 @@ class ModelConfig(BaseModel):
     """Allow the files to run code while they are loaded: pickles of any class, a Hugging Face
     repository's own Python code. Only for files whose origin you trust."""
     optimize: Literal["none", "compile", "freeze", "bfloat16", "auto"] = "none"
-    """An optimization to apply before warm-up. auto: the fastest whose answers agree."""
+    """How the model is made faster before it serves. compile: torch.compile, needs a C++ compiler.
+    freeze: what depends on weights alone is computed once. bfloat16: weights and forward in bfloat16.
+    auto: the fastest of them whose answers agree with the plain model's, else the plain model."""
     optimize_tolerance: Share = 1e-3
-    """How far the answers of an optimized model may be from those of the original."""
+    """How far the optimized model's answers may be from the plain model's: for each value
+    |optimized - plain| ≤ optimize_tolerance × (1 + |plain|)."""
     max_queue_delay_ms: Share = 0.0
     """The longest that a request waits for others to fill its batch, in milliseconds."""
     max_queue: Count = 1024
@@ -169,6 +172,16 @@ class ModelConfig(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _one_dtype(self) -> Self:
+        if self.optimize == "bfloat16" and self.config.dtype not in (None, "bfloat16"):
+            raise expectation(
+                "bfloat16 or no such key, because optimize is bfloat16",
+                path=("config", "dtype"),
+                got=self.config.dtype,
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_factory(self) -> Self:
         parsed = parse_model_path(self.model_path, self.model_type)
         if parsed.kind == "factory" and self.config.factory is not None:
@@ -198,6 +211,11 @@ class ModelConfig(BaseModel):
         copy = self.model_copy()
         copy._base_dir = None if path is None else Path(os.path.abspath(path))
         return copy
+
+    @property
+    def weights_dtype(self) -> Literal["float32", "float16", "bfloat16"] | None:
+        """What floating-point weights are converted to at load; None: they stay as they are stored."""
+        return "bfloat16" if self.optimize == "bfloat16" else self.config.dtype
 
     @property
     def effective_endpoint(self) -> str:

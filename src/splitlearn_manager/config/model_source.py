@@ -178,14 +178,24 @@ def estimate_mb(source: ModelSource, config: ModelConfig, fs: FileSystem | None 
             return Estimate(None, "unknown until loaded")
         return Estimate(float(limit), "max_memory_mb")
     try:
-        stated = stated_size(source.path, config.config.dtype, fs)
+        stated = stated_size(source.path, config.weights_dtype, fs)
         if stated is not None:
-            return stated
+            return _with_trial_copy(stated, source.path, config, fs)
         if limit is not None:
             return Estimate(float(limit), "max_memory_mb")
         return guessed_size(stat.size for _, stat in _files_below(str(source.path), fs))
     except OSError as error:
         _raise_not_found(error, source, str(source.path))
+
+
+def _with_trial_copy(stated: Estimate, path: Path, config: ModelConfig, fs: FileSystem) -> Estimate:
+    """With the copy in bfloat16 that `optimize: auto` tries beside the weights, where it is another."""
+    lower = stated_size(path, "bfloat16", fs) if config.optimize == "auto" else None
+    if lower is None or stated.weights_mb is None or lower.weights_mb in (None, stated.weights_mb):
+        return stated
+    return Estimate(
+        stated.weights_mb + (lower.weights_mb or 0.0), f"{stated.how}, and a copy in bfloat16"
+    )
 
 
 def _weights(source: ModelSource, fs: FileSystem) -> list[tuple[str, FileStat]]:

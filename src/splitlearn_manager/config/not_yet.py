@@ -26,8 +26,6 @@ class NotYet:
 
 
 MODEL_NOT_YET: Mapping[str, NotYet] = {
-    "optimize": NotYet(("none",), "optimize models"),
-    "optimize_tolerance": NotYet((1e-3,), "optimize models"),
     "verify": NotYet((None,), "check a new version against golden answers"),
     "rollout": NotYet((None,), "roll a new version out step by step"),
 }

@@ -115,7 +115,7 @@ def _destination(config: ModelConfig, device: str) -> Destination:
     from splitlearn_manager.core.loaders.sharing import RESIDENT, Borrower
     from splitlearn_manager.core.loaders.slots import Destination
 
-    dtype = getattr(torch, config.config.dtype) if config.config.dtype else None
+    dtype = getattr(torch, config.weights_dtype) if config.weights_dtype else None
     return Destination(device, dtype, Borrower(RESIDENT) if device == "cpu" else None)
 
 
@@ -169,8 +169,8 @@ def _adapted(
     options = config.config
     call = CallOptions(options.output, options.max_sequence_length, options.forward_kwargs)
     try:
-        if options.dtype is not None:
-            module = module.to(getattr(torch, options.dtype))
+        if config.weights_dtype is not None:
+            module = module.to(getattr(torch, config.weights_dtype))
         return _finished(adapt(module, call), device, loader, (), release)
     except BaseException:
         release()

@@ -20,6 +20,7 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
@@ -103,6 +104,10 @@ class ModelManager:
         self._work = InstanceWork(
             self._instances, self._reader, executor or ThreadExecutor(), self._clock, self._report
         )
+
+    def keep_compiled_in(self, directory: Path) -> None:
+        """Names the directory for code that is compiled for models; to be called before the first load."""
+        self._reader.cache_dir = directory
 
     # What others listen to.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
@@ -27,9 +28,13 @@ class ModelReader:
     Args:
         runtime: where models run; None for what each config says, made with the first load.
         files: what is behind a model_path.
+
+    Attributes:
+        cache_dir: where the default runtime keeps code that it compiles; to be set before the first load.
     """
 
     def __init__(self, runtime: Runtime | None, files: ModelFiles) -> None:
+        self.cache_dir: Path | None = None
         self._runtime = runtime
         self._lock = threading.Lock()
         self._files = files
@@ -101,7 +106,7 @@ class ModelReader:
 
         with self._lock:
             if self._runtime is None:
-                self._runtime = ChosenRuntime(ModelLoader())
+                self._runtime = ChosenRuntime(ModelLoader(), self.cache_dir)
             return self._runtime
 
     def _estimate_of(self, asked: ModelSpec, read: ModelSpec) -> float | None:

@@ -6,6 +6,8 @@ once; a process costs both, and survives what the model does. Who needs the seco
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.runtime.base import Loader, RunningModel
 from splitlearn_manager.runtime.process import ProcessRuntime
@@ -17,11 +19,12 @@ class ChosenRuntime:
 
     Args:
         loader: reads the files of models that run in this process.
+        cache_dir: where code that is compiled for models is kept.
     """
 
-    def __init__(self, loader: Loader) -> None:
-        self._threads = ThreadRuntime(loader)
-        self._processes = ProcessRuntime()
+    def __init__(self, loader: Loader, cache_dir: Path | None = None) -> None:
+        self._threads = ThreadRuntime(loader, cache_dir)
+        self._processes = ProcessRuntime(cache_dir=cache_dir)
 
     def start(self, config: ModelConfig, device: str) -> RunningModel:
         """As `Runtime.start`."""

@@ -11,6 +11,7 @@ import itertools
 import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from time import monotonic
 
 import torch
@@ -23,6 +24,7 @@ from splitlearn_manager.errors import LoadError, LoadTimeout, ModelUnavailable, 
 from splitlearn_manager.runtime.base import Activations, Joining
 from splitlearn_manager.runtime.channel import Closed, Message
 from splitlearn_manager.runtime.lent_weights import LentWeights
+from splitlearn_manager.runtime.thread import TRAINED
 from splitlearn_manager.runtime.worker_errors import raised_in
 from splitlearn_manager.runtime.workers import Worker, WorkerStarter
 
@@ -36,10 +38,17 @@ times what the longest one has taken that was answered."""
 
 
 class ProcessRuntime:
-    """Starts models in processes of their own."""
+    """Starts models in processes of their own.
 
-    def __init__(self, starter: WorkerStarter | None = None) -> None:
+    Args:
+        cache_dir: where code that is compiled for models is kept.
+    """
+
+    def __init__(
+        self, starter: WorkerStarter | None = None, *, cache_dir: Path | None = None
+    ) -> None:
         self._starter = starter or WorkerStarter()
+        self._cache_dir = cache_dir
         self._lent = LentWeights()
         self._serial = itertools.count(1)
 
@@ -51,11 +60,11 @@ class ProcessRuntime:
                 LoadTimeout if it had to be ended. Nothing of the model is left.
         """
         number = next(self._serial)
-        imports = ("transformers",) if config.model_type == "huggingface" else ()
-        worker = self._starter.start(config.model_id, imports)
+        worker = self._starter.start(config.model_id, _imports(config))
         try:
             with self._lent.offer() as (lenders, descriptors):
-                answer, kept = _load(worker, config, device, lenders, descriptors)
+                asked = (config, device, torch.get_num_threads(), self._cache_dir)
+                answer, kept = _load(worker, asked, lenders, descriptors)
                 self._lent.loaded(number, answer, kept)
         except BaseException:
             worker.close()
@@ -69,20 +78,26 @@ class ProcessRuntime:
         return f"runs in a process of its own, pid {worker.pid}{how}"
 
 
+def _imports(config: ModelConfig) -> tuple[str, ...]:
+    """What the fork server imports once, for all workers that need it."""
+    transformers = ("transformers",) if config.model_type == "huggingface" else ()
+    compiles = config.optimize in ("compile", "auto")
+    return (*transformers, "torch._inductor.compile_fx") if compiles else transformers
+
+
 def _load(
     worker: Worker,
-    config: ModelConfig,
-    device: str,
+    asked: tuple[ModelConfig, str, int, Path | None],
     lenders: Sequence[object],
     descriptors: Sequence[int],
 ) -> tuple[Message, list[int]]:
-    model_id = config.model_id
-    asked = pickle.dumps((config, device, torch.get_num_threads()))
+    config = asked[0]
+    model_id, pickled = config.model_id, pickle.dumps(asked)
     try:
         with worker.connection() as connection:
             connection.call(
                 {"op": "load", "lenders": lenders},
-                (torch.frombuffer(bytearray(asked), dtype=torch.uint8),),
+                (torch.frombuffer(bytearray(pickled), dtype=torch.uint8),),
                 descriptors=descriptors,
             )
             answer, _, kept = connection.answer(config.load_timeout_s + _GIVEN_UP_AFTER_S)
@@ -118,10 +133,15 @@ class RunningInProcess:
         self._release = release
         self._lock = threading.Lock()
         self._closed = False
+        self._notes = notes
         self.memory_mb = float(answer["weights_mb"])
         self.warmed = bool(answer["warmed"])
         self.joins = False
-        self.notes = notes
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts for people, a sentence each: those of the load, and what has happened since."""
+        return (*self._notes, TRAINED) if self._function.trained else self._notes
 
     @property
     def compute_function(self) -> ComputeFunction:
@@ -142,7 +162,7 @@ class RunningInProcess:
     def join(self, joining: Joining) -> None:
         """Take over what was found."""
         self.joins = joining.joins
-        self.notes = (*self.notes, joining.note)
+        self._notes = (*self._notes, joining.note)
 
     def measure_activations(self) -> Activations | None:
         """Have the worker run two forwards to measure what one takes beside the weights."""
@@ -168,6 +188,8 @@ class RunningInProcess:
 class InWorker(ComputeFunction):
     """The model of a worker, as a compute function: the same arguments, answers and errors.
 
+    `trained` tells whether a step has ended what stood in for the module there.
+
     Requests wait for their answers without a limit, unless their callers have a deadline: see
     `_HANGS_AFTER_S`.
     """
@@ -176,6 +198,7 @@ class InWorker(ComputeFunction):
         self._worker = worker
         self._model_id = model_id
         self._longest_s = 0.0
+        self.trained = False
 
     def compute(
         self,
@@ -205,7 +228,9 @@ class InWorker(ComputeFunction):
     ) -> torch.Tensor:
         """As `ModelComputeFunction.backward`."""
         message = {"op": "backward", "forward_id": forward_id, "learning_rate": learning_rate}
-        return self.ask(message, (grad_output,))[1][0]
+        answer, (grad_input,) = self.ask(message, (grad_output,))
+        self.trained = self.trained or bool(answer["trained"])
+        return grad_input
 
     def get_info(self) -> Mapping[str, object]:
         """As `ModelComputeFunction.get_info`."""

@@ -1,6 +1,7 @@
 """Runs models inside this process: requests run on the server's own threads.
 
-`start` loads, makes the compute function and warms it up; if any of that fails, nothing is left behind.
+`start` loads, makes the compute function, warms it up and optimizes it; if any of that fails, nothing is left
+behind.
 `close` drops every reference to the model and gives its memory back to the system.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from splitlearn_comm.core import ComputeFunction, ModelComputeFunction
@@ -23,18 +26,22 @@ from splitlearn_manager.runtime.warmup import warm_up
 if TYPE_CHECKING:
     from torch import nn
 
+TRAINED = "not optimized any more: a training step has changed the weights"
+
 
 class ThreadRuntime:
     """Starts models in this process.
 
     Args:
         loader: reads the models' files.
+        cache_dir: where code that is compiled for models is kept; None: where torch keeps it by default.
     """
 
-    def __init__(self, loader: Loader) -> None:
+    def __init__(self, loader: Loader, cache_dir: Path | None = None) -> None:
         self._loader = loader
         self._lock = threading.Lock()
         self._threads: int | None = None
+        self._cache_dir = cache_dir
 
     def start(self, config: ModelConfig, device: str) -> RunningInThreads:
         """Load the model on `device` and warm it up.
@@ -56,12 +63,14 @@ class ThreadRuntime:
         try:
             function = _compute_function(loaded, config, device)
             warmup = warm_up(function, config)
+            extra_mb, told = self._optimize(function, config, warmup.shape, loaded.weights_mb)
         except BaseException:
             loaded.release()
             raise
         # What was read and converted on the way is free by now, but not yet the system's.
         trim_heap()
-        notes = (*loaded.notes, *warmup.notes)
+        notes = (*loaded.notes, *warmup.notes, *told)
+        loaded = replace(loaded, weights_mb=loaded.weights_mb + extra_mb)
         return RunningInThreads(loaded, function, config, device, notes, warmup.shape)
 
     def _use_all_processors(self) -> None:
@@ -75,6 +84,22 @@ class ThreadRuntime:
             if self._threads is None:
                 self._threads = torch.get_num_threads()
         torch.set_num_threads(self._threads)
+
+    def _optimize(
+        self,
+        function: ModelComputeFunction,
+        config: ModelConfig,
+        answered: tuple[int, ...] | None,
+        weights_mb: float,
+    ) -> tuple[float, tuple[str, ...]]:
+        """What it takes beside the model, in MB, and the notes."""
+        if config.optimize == "none":
+            return 0.0, ()
+        # Imported where it is needed, because it is large.
+        from splitlearn_manager.runtime.optimize.choosing import optimize
+
+        found = optimize(function, config, answered, weights_mb, cache_dir=self._cache_dir)
+        return found.extra_mb, found.notes
 
 
 def _forget_locals(error: BaseException | None) -> None:
@@ -120,10 +145,16 @@ class RunningInThreads:
         self._config = config
         self._device = device
         self._answered = answered
+        self._notes = notes
         self.memory_mb = loaded.weights_mb
-        self.notes = notes
         self.warmed = answered is not None
         self.joins = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Facts for people, a sentence each: those of the load, and what has happened since."""
+        trained = self._function is not None and self._function.trained_past_stand_in
+        return (*self._notes, TRAINED) if trained else self._notes
 
     @property
     def module(self) -> nn.Module:
@@ -164,7 +195,7 @@ class RunningInThreads:
     def join(self, joining: Joining) -> None:
         """Take over what was found."""
         self.joins = joining.joins
-        self.notes = (*self.notes, joining.note)
+        self._notes = (*self._notes, joining.note)
 
     def when_ended(self, tell: Callable[[LoadError], None]) -> None:
         """It ends with this process only."""

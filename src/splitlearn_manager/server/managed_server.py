@@ -51,7 +51,7 @@ from splitlearn_manager.server.live_settings import LiveSettings
 from splitlearn_manager.server.node_api import node_answers
 from splitlearn_manager.server.observers import MetricsFeed
 from splitlearn_manager.server.presence import Presence
-from splitlearn_manager.server.state_dir import record_of, state_dir_for
+from splitlearn_manager.server.state_dir import compiled_of, record_of, state_dir_for
 from splitlearn_manager.server.states import NodeStates
 from splitlearn_manager.server.threads import ThreadPlan, processors
 from splitlearn_manager.version import VERSION
@@ -131,6 +131,7 @@ class ManagedServer:
         if directory is not None:
             self.state_dir = self.config.resolved_state_dir or state_dir_for(directory)
             store = Store(DirectoryFiles(record_of(self.state_dir)), os.path.abspath(directory))
+            self.model_manager.keep_compiled_in(compiled_of(self.state_dir))
         self.reconciler = Reconciler(
             self._source,
             self.model_manager,

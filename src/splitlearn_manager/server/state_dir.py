@@ -3,6 +3,7 @@
     lock         held for as long as the node lives, so that there is one node a directory
     node.sock    the socket on which it can be asked
     record/      what it must not forget (see `reconcile.store`)
+    compiled/    code that was compiled for models, which the next load of the same model takes from there
 
 Everything in it may be deleted at any time, and is made anew by the node that runs.
 """
@@ -34,6 +35,11 @@ def state_dir_for(directory: str | Path) -> Path:
 def record_of(state_dir: Path) -> Path:
     """The directory in which a node keeps its record."""
     return state_dir / "record"
+
+
+def compiled_of(state_dir: Path) -> Path:
+    """The directory in which a node keeps what it has compiled for models."""
+    return state_dir / "compiled"
 
 
 def socket_of(state_dir: Path) -> Path:

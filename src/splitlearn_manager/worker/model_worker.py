@@ -28,7 +28,7 @@ from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.runtime.channel import Channel, Closed, Message
 from splitlearn_manager.runtime.shared_area import Area, bytes_for
-from splitlearn_manager.runtime.thread import RunningInThreads, ThreadRuntime
+from splitlearn_manager.runtime.thread import TRAINED, RunningInThreads, ThreadRuntime
 from splitlearn_manager.runtime.worker_errors import as_message
 from splitlearn_manager.worker.lending import Borrowed, Lent
 
@@ -109,12 +109,12 @@ class Worker:
     def _load(
         self, message: Message, tensors: Sequence[torch.Tensor], descriptors: list[int]
     ) -> Answer:
-        config, device, threads = pickle.loads(bytes(tensors[0].numpy()))
+        config, device, threads, cache_dir = pickle.loads(bytes(tensors[0].numpy()))
         torch.set_num_threads(threads)
         self._config = config
         borrowed = Borrowed(message["lenders"], descriptors)
         RESIDENT.ask_also(borrowed.alike)
-        running = ThreadRuntime(ModelLoader()).start(config, device)
+        running = ThreadRuntime(ModelLoader(), cache_dir).start(config, device)
         self._running, self._function = running, running.compute_function
         self._lent = Lent(running.module, borrowed)
         answer: Message = {
@@ -165,7 +165,8 @@ class Worker:
             grad_input = self._asked().backward(
                 message["forward_id"], tensors[0].clone(), message["learning_rate"]
             )
-            return {}, (_on_cpu(grad_input),), ()
+            trained = self._running is not None and TRAINED in self._running.notes
+            return {"trained": trained}, (_on_cpu(grad_input),), ()
 
     @property
     def _model_id(self) -> str:

@@ -118,3 +118,28 @@ def test_info_says_what_is_served() -> None:
         "input_shape": [-1, -1],
     }
     assert ModelComputeFunction(nn.Linear(1, 1)).get_info()["name"] == "Linear"
+
+
+def test_a_stand_in_answers_inference_and_nothing_else() -> None:
+    function = ModelComputeFunction(nn.Linear(2, 2))
+    x = torch.rand(3, 2)
+    plain = function.compute(x)
+    function.stand_in(lambda prepared: prepared * 100)
+    assert torch.equal(function.compute(x), x * 100)  # type: ignore[arg-type]
+    assert torch.equal(function.forward_for_training(x, "f"), plain)  # type: ignore[arg-type]
+    function.stand_in(None)
+    assert torch.equal(function.compute(x), plain)  # type: ignore[arg-type]
+    assert not function.trained_past_stand_in
+
+
+def test_a_step_ends_a_stand_in_and_a_backward_alone_does_not() -> None:
+    model = nn.Linear(2, 2)
+    function = ModelComputeFunction(model)
+    function.stand_in(lambda prepared: prepared * 100)
+    x = torch.rand(3, 2)
+    for learning_rate, ended in ((None, False), (0.1, True)):
+        grad = torch.ones_like(function.forward_for_training(x, "f"))
+        function.backward("f", grad, learning_rate)
+        assert function.trained_past_stand_in is ended
+    with torch.inference_mode():
+        assert torch.equal(function.compute(x), model(x))  # type: ignore[arg-type]

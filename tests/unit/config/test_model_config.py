@@ -206,9 +206,6 @@ def test_unknown_key_is_refused_with_what_was_probably_meant(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("optimize", "compile"),
-        ("optimize", "auto"),
-        ("optimize_tolerance", 1e-2),
         ("verify", {"golden": "g.pt"}),
         ("rollout", {"canary": []}),
     ],
@@ -217,6 +214,24 @@ def test_key_without_machinery_is_refused_rather_than_ignored(key: str, value: o
     message = refusal(**{key: value})
     assert message.startswith(f"{key}: this version cannot ")
     assert " yet: expected " in message
+
+
+@pytest.mark.parametrize("how", ["none", "compile", "freeze", "bfloat16", "auto"])
+def test_every_optimization_is_accepted_and_needs_a_load(how: str) -> None:
+    config = make(optimize=how)
+    assert config.weights_dtype == ("bfloat16" if how == "bfloat16" else None)
+    assert (config.load_hash() == make().load_hash()) == (how == "none")
+    assert make(optimize_tolerance=0.1).load_hash() != make().load_hash()
+
+
+def test_bfloat16_is_no_other_dtype() -> None:
+    message = refusal(optimize="bfloat16", config={"dtype": "float16"})
+    assert message == (
+        "config.dtype: expected bfloat16 or no such key, because optimize is bfloat16, "
+        'got "float16"'
+    )
+    assert make(optimize="bfloat16", config={"dtype": "bfloat16"}).weights_dtype == "bfloat16"
+    assert make(optimize="auto", config={"dtype": "float16"}).weights_dtype == "float16"
 
 
 def test_custom_model_type_needs_a_factory() -> None:

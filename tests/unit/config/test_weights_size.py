@@ -115,3 +115,17 @@ def test_real_sentence_encoder_is_estimated_from_its_header(tmp_path: Path) -> N
 def test_nothing_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(WeightsNotFound, match="nothing is at"):
         estimate(tmp_path, "m.pt")
+
+
+def test_optimize_is_known_to_the_estimate(tmp_path: Path) -> None:
+    """In bfloat16 the floats halve and integers stay; `auto` tries a copy in it beside them."""
+    save_file(tensors(a=MB), tmp_path / "m.safetensors")
+    keys: dict[str, object] = {}
+    assert estimate(tmp_path, "m.safetensors", **keys).weights_mb == 5.0
+    assert estimate(tmp_path, "m.safetensors", optimize="compile", **keys).weights_mb == 5.0
+    halved = estimate(tmp_path, "m.safetensors", optimize="bfloat16", **keys)
+    assert halved == Estimate(3.0, "safetensors header, converted to bfloat16")
+    tried = estimate(tmp_path, "m.safetensors", optimize="auto", **keys)
+    assert tried == Estimate(8.0, "safetensors header, and a copy in bfloat16")
+    keys = {"config": {"dtype": "bfloat16"}}
+    assert estimate(tmp_path, "m.safetensors", optimize="auto", **keys).weights_mb == 3.0

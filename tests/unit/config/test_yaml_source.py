@@ -95,7 +95,11 @@ def test_problem_has_the_documented_shape() -> None:
         (model("config: {kwargs: {a: [1, 2001-01-01]}}"), "3:26  config.kwargs.a[1]: expected t"),
         (model("device:\n\n# c\nwarmup: true"), "3:1  device: expected text, got nothing"),
         (model("device: ~"), "3:9  device: expected text, got nothing"),
-        (model("optimize: compile"), "3:11  optimize: this version cannot optimize models"),
+        (model("optimize: faster"), "3:11  optimize: expected none, compile, freeze, bfloat16 or"),
+        (
+            model("optimize: bfloat16\nconfig: {dtype: float16}"),
+            "4:17  config.dtype: expected bfloat1",
+        ),
         (model("model_type: custom"), "2:13  model_path: expected package.module:factory"),
         (
             "model_id: 2024-01-01\nmodel_path: m\n",

@@ -51,7 +51,9 @@ def load_huggingface(
         WeightsNotFound, LoadError, InvalidModel, UntrustedCheckpoint: as `hf_directory`.
     """
     options = config.config
-    dtype: torch.dtype | None = getattr(torch, options.dtype) if options.dtype else None
+    dtype: torch.dtype | None = (
+        getattr(torch, config.weights_dtype) if config.weights_dtype else None
+    )
     with QUIET:
         hf_config = read_config(directory, trusted=config.trusted)
         cls = model_class(directory, hf_config, options.auto_class, trusted=config.trusted)

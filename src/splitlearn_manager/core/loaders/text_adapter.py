@@ -4,7 +4,8 @@ A request is one tensor, so there is no attention mask in it: it is found from t
 runs of the padding token at either end of a row are padding; the same id between others is a token. A row
 answers as it would alone, whatever it is padded with and on whichever side.
 
-- The mask is passed only where there is padding, so that a batch without any costs nothing.
+- The mask is passed only where there is padding, so that a batch without any costs nothing. A compiled or
+  exported model is one for all values, so it always gets the mask, and positions.
 - A row padded on its left also needs position_ids that begin at its first token, unless the model counts
   positions relatively, or from the ids themselves as RoBERTa and its kin do.
 - With a key/value cache nothing can say which of the cached positions were padding. So a batch of several
@@ -125,13 +126,20 @@ class _TokenModel(Adapter):
         if self.pad_token_id is None:
             return None
         mask = token_mask(ids, self.pad_token_id)
+        if torch.compiler.is_compiling():
+            return mask
         return None if bool(mask.all()) else mask
 
     def _mask_arguments(self, mask: torch.Tensor | None) -> dict[str, torch.Tensor]:
         if mask is None or not self._takes_mask:
             return {}
         arguments = {"attention_mask": mask.long()}
-        if self._takes_positions and not bool(mask[:, 0].all()):
+        if not self._takes_positions:
+            return arguments
+        if torch.compiler.is_compiling():
+            usual = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+            arguments["position_ids"] = torch.where(mask[:, 0].all(), usual, positions(mask))
+        elif not bool(mask[:, 0].all()):
             arguments["position_ids"] = positions(mask)
         return arguments
 

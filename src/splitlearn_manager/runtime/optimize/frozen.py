@@ -1,0 +1,155 @@
+"""`optimize: freeze`: the module as torch.export writes it down, with what depends on weights alone computed.
+
+    export    the module's forward becomes a list of operators; sizes that may vary stay symbols
+    fold      a batch norm goes into the convolution before it, and what weights alone determine is computed
+    run       the list as one Python function, without the modules around it
+
+No C++ compiler is needed. A trace that takes the sizes of its example for all sizes would answer wrongly;
+an exported program has a check of each size that it relies on. A shape that is new is first run through the
+whole program with its checks; where one fails (or the input is not contiguous) the plain module answers.
+A batch of 1, which operators treat apart (broadcasting), has a program of its own, with the same weights.
+
+It takes memory for what is folded, at most the weights of those convolutions; other weights are the plain
+module's own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitlearn_comm.core import ModelComputeFunction
+from splitlearn_comm.core.out_of_memory import is_out_of_memory
+from splitlearn_manager.errors import CannotOptimize
+from splitlearn_manager.runtime.optimize.candidate import extra_mb, in_one_line, keywords_of
+from splitlearn_manager.runtime.optimize.compiler import COMPILER
+from splitlearn_manager.runtime.optimize.examples import Examples
+from splitlearn_manager.runtime.optimize.folding import fold, share
+
+_MOST_SHAPES = 4096
+"""Shapes that are remembered; requests of more than so many different ones are checked anew."""
+
+
+class Frozen:
+    """See the module's text; a `Candidate`."""
+
+    def __init__(self, function: ModelComputeFunction) -> None:
+        self._plain = _Call(function.model, keywords_of(function))
+        self._programs: tuple[_Program, ...] = ()
+        self._lock = threading.Lock()
+        self._by_shape: dict[tuple[int, ...], Callable[[torch.Tensor], torch.Tensor]] = {}
+        self.extra_mb = 0.0
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not x.is_contiguous():
+            plain: torch.Tensor = self._plain(x)
+            return plain
+        known = self._by_shape.get(tuple(x.shape))
+        return known(x) if known is not None else self._first_of_its_shape(x)
+
+    def prepare(self, function: ModelComputeFunction, examples: Examples) -> None:
+        """Export and fold. Raises as `Candidate.prepare`."""
+        converted: list[torch.Tensor] = []
+
+        def keep(x: torch.Tensor) -> torch.Tensor:
+            converted.append(x)
+            return x
+
+        function.stand_in(keep)
+        for x in examples.inputs:
+            function.compute(x)
+        function.stand_in(None)
+        programs: list[_Program] = []
+        try:
+            # Inference tensors cannot be exported; nor is there anything to differentiate.
+            with COMPILER.turn(None), torch.inference_mode(False), torch.no_grad():
+                for x in converted:
+                    if not any(program.takes(x.shape) for program in programs):
+                        held = [weight for program in programs for weight in program.weights]
+                        programs.append(_Program(self._plain, x.clone(), examples.free, held))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            raise CannotOptimize(
+                f"model {function.model_name!r} cannot be frozen: {in_one_line(error)}",
+                reason="FreezeFailed",
+            ) from error
+        self._programs = tuple(programs)
+        weights = [tensor for program in programs for tensor in program.weights]
+        self.extra_mb = extra_mb(weights, function.model)
+
+    def _first_of_its_shape(self, x: torch.Tensor) -> torch.Tensor:
+        chosen: Callable[[torch.Tensor], torch.Tensor] = self._plain
+        for program in self._programs:
+            if program.takes(x.shape) and program.passes(x):
+                chosen = program.folded
+                break
+        with self._lock:
+            if len(self._by_shape) >= _MOST_SHAPES:
+                self._by_shape.clear()
+            self._by_shape[tuple(x.shape)] = chosen
+        return chosen(x)
+
+
+class _Call(nn.Module):
+    """The module with the keywords of its call, taking a tensor alone."""
+
+    def __init__(self, module: nn.Module, keywords: Mapping[str, object]) -> None:
+        super().__init__()
+        self.module = module
+        self._keywords = dict(keywords)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.module(x, **self._keywords)
+
+
+class _Program:
+    """The module, exported from one example.
+
+    Args:
+        held: tensors of other programs of the module, which are read where they are equal to its own.
+
+    Attributes:
+        folded: takes only what `takes` and `passes` have let through.
+        weights: all tensors that it reads.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        example: torch.Tensor,
+        free: Sequence[int],
+        held: Sequence[torch.Tensor],
+    ) -> None:
+        self._free = frozenset(i for i in free if example.shape[i] > 1)
+        self._shape = tuple(example.shape)
+        sizes = dict.fromkeys(self._free, torch.export.Dim.AUTO)
+        exported = torch.export.export(module, (example,), dynamic_shapes=(sizes,), strict=False)
+        self._checked = exported.module()
+        if not hasattr(self._checked, "_guards_fn"):
+            raise RuntimeError(
+                "this version of torch exports programs without checks of their sizes"
+            )
+        folded = fold(self._checked)
+        share(folded, held)
+        self.folded: Callable[[torch.Tensor], torch.Tensor] = folded
+        self.weights: tuple[torch.Tensor, ...] = folded.__dict__["weights"]
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether the sizes that were fixed are those; those that may vary are from 2 on."""
+        return len(shape) == len(self._shape) and all(
+            got > 1 if i in self._free else got == own
+            for i, (got, own) in enumerate(zip(shape, self._shape, strict=True))
+        )
+
+    def passes(self, x: torch.Tensor) -> bool:
+        """Whether the whole program, with all its checks, runs for an input of that shape."""
+        try:
+            self._checked(x)
+        except Exception:
+            return False
+        return True
