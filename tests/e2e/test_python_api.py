@@ -37,6 +37,8 @@ EXAMPLES = {
     "The Python API",
     "Basic Server",
     "Client Connection",
+    "Many Requests at a Time",
+    "Client for asyncio",
     "Configuration from YAML",
     "Multi-Model Server",
     "Dynamic Model Management",
@@ -175,6 +177,12 @@ def test_the_basic_server_serves_the_client_until_it_is_stopped(
     assert isinstance(answered, torch.Tensor)
     torch.testing.assert_close(answered, model(sent))
     assert re.fullmatch(r"Avg latency: \d+\.\d\dms\n", capsys.readouterr().out)
+
+    # Nothing but the server is needed for the other ways to ask it.
+    run("Many Requests at a Time", {}, **{"localhost:50051": f"localhost:{port}"})
+    assert capsys.readouterr().out == "torch.Size([1, 10, 768])\n" * 101
+    run("Client for asyncio", {}, **{"localhost:50051": f"localhost:{port}"})
+    assert capsys.readouterr().out == "8\n"
 
     assert serving.is_alive()
     left.server().stop()
