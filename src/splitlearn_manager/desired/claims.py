@@ -5,7 +5,7 @@ and are in doubt now (changing, invalid, unreadable, out of sight, gone for too 
 
     one firm claim, no other                    accepted
     the same, and a doubtful file's old claim   held, until the doubt is over
-    several firm or lastingly kept claims       conflict: held
+    several firm or lastingly kept claims       conflict of all that claim it: held
     kept claims only                            held: an id's only source may be about to come back
     no claim, or of files that are gone only    missing: it goes once that is proven
 
