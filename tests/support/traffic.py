@@ -1,7 +1,8 @@
 """A loop under requests, in one thread: requests come, wait and are answered, and loads take time.
 
 The clock jumps from one thing that happens to the next. What a request does is what `ManagedBackend` does,
-cut into steps; one that waited takes its lease some time after its model is READY, as a thread wakes up late.
+cut into steps; one that waited takes its lease some time after its model is READY, and one that gives up
+says so some time after its deadline, as a thread wakes up late.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ MB = 10.0
 """What each model takes, if a test does not say otherwise."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Asked:
     """A request. Times are on the clock; None has not come yet.
 
@@ -42,10 +43,6 @@ class Asked:
     lease: Lease | None = None
     waiter: Waiter | None = None
 
-    @property
-    def waits(self) -> bool:
-        return self.waiter is not None
-
 
 @dataclass(frozen=True)
 class Happened:
@@ -64,7 +61,7 @@ class Traffic:
 
     Attributes:
         loads_s, closes_s: how long loads and closes take; loads by model where that says so.
-        wakes_s: how long after its model is READY a request that waited goes on.
+        wakes_s: how long after its model is READY, or after its deadline, a request that waited goes on.
         asked: all requests, in the order in which they came.
         events: what the manager did.
     """
@@ -183,13 +180,11 @@ class Traffic:
             for asked in list(self._waiting):
                 if self.now_s >= asked.deadline_s:
                     asked.gave_up_s = self.now_s
-                    self._leave(asked)
+                    self._waiting.remove(asked)
+                    self._after_waking(lambda asked=asked: self._leave(asked))  # type: ignore[misc]
                 elif asked.model_id in self.manager.table.by_model and not asked.woken:
                     asked.woken = True
-                    if self.wakes_s:
-                        self.later(self.wakes_s, lambda asked=asked: self._goes_on(asked))  # type: ignore[misc]
-                    else:
-                        self._goes_on(asked)
+                    self._after_waking(lambda asked=asked: self._goes_on(asked))  # type: ignore[misc]
             if not self.loop._woken and self.now_s < self._due_s:
                 return
             turns += 1
@@ -208,14 +203,20 @@ class Traffic:
         self.later(asked.hold_s, lease.release)
         return True
 
+    def _after_waking(self, do: Callable[[], None]) -> None:
+        if self.wakes_s:
+            self.later(self.wakes_s, do)
+        else:
+            do()
+
     def _goes_on(self, asked: Asked) -> None:
         """What waited takes its lease, if its model (still) serves."""
         asked.woken = False
-        if asked.waits and self._begins(asked):
+        if asked in self._waiting and self._begins(asked):
+            self._waiting.remove(asked)
             self._leave(asked)
 
     def _leave(self, asked: Asked) -> None:
         assert asked.waiter is not None
         self.loop.leave(asked.waiter)
         asked.waiter = None
-        self._waiting.remove(asked)
