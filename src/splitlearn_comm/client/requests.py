@@ -195,11 +195,11 @@ class _Open:
 def _read(
     frame: bytes,
 ) -> tuple[compute_pb2.StreamedResponse, compute_pb2.ComputeResponse, Bytes]:
-    place = frames.first_field(frame) if len(frame) >= frames.BIG_BYTES else None
-    if place is None:
+    taken = frames.take_apart(frame)
+    if taken is None:
         answer = compute_pb2.StreamedResponse.FromString(frame)
         return answer, answer.response, answer.response.data
-    begin, end = place
-    answer = compute_pb2.StreamedResponse.FromString(frame[end:])
-    response, data = frames.read(compute_pb2.ComputeResponse(), memoryview(frame)[begin:end])
+    inner, rest = taken
+    answer = compute_pb2.StreamedResponse.FromString(rest)
+    response, data = frames.read(compute_pb2.ComputeResponse(), inner)
     return answer, response, data

@@ -39,22 +39,26 @@ def read(message: M, frame: Bytes) -> tuple[M, Bytes]:
     Raises:
         google.protobuf.message.DecodeError: if `frame` is no such message.
     """
-    place = first_field(frame)
-    if len(frame) < BIG_BYTES or place is None:
+    taken = take_apart(frame)
+    if taken is None:
         message.ParseFromString(bytes(frame))
         return message, message.data
-    begin, end = place
-    message.ParseFromString(bytes(frame[end:]))
+    first, rest = taken
+    message.ParseFromString(rest)
     # A field that comes twice counts as it came last.
-    return message, message.data or memoryview(frame)[begin:end]
+    return message, message.data or first
 
 
-def first_field(frame: Bytes) -> tuple[int, int] | None:
-    """Where the contents of field 1 lie, if it is a string of bytes or a message and comes first."""
-    if not frame or frame[0] != _DATA_TAG:
+def take_apart(frame: Bytes) -> tuple[memoryview, bytes] | None:
+    """The contents of field 1, a string of bytes or a message, as a view; and all that follows it.
+
+    None for a frame that is not worth it, or does not begin with field 1: it is to be read as a whole.
+    """
+    if len(frame) < BIG_BYTES or frame[0] != _DATA_TAG:
         return None
     size, begin = _varint(frame, 1)
-    return (begin, begin + size) if begin + size <= len(frame) else None
+    end = begin + size
+    return (memoryview(frame)[begin:end], bytes(frame[end:])) if end <= len(frame) else None
 
 
 def parts(data: Bytes, *rest: bytes) -> tuple[Bytes, ...]:

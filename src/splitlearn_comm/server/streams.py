@@ -291,15 +291,13 @@ def _read(
     frame: bytes,
 ) -> tuple[compute_pb2.StreamedRequest, compute_pb2.ComputeRequest, Bytes]:
     """The request with its id and time limit, what it asks, and the bytes of its tensor."""
-    place = frames.first_field(frame) if len(frame) >= frames.BIG_BYTES else None
-    if place is None:
-        streamed = compute_pb2.StreamedRequest.FromString(frame)
+    taken = frames.take_apart(frame)
+    streamed = compute_pb2.StreamedRequest.FromString(frame if taken is None else taken[1])
+    if taken is not None and streamed.HasField("request"):
+        # A message that comes twice is merged, which only the whole frame tells.
+        taken, streamed = None, compute_pb2.StreamedRequest.FromString(frame)
+    if taken is None:
         return streamed, streamed.request, streamed.request.data
-    begin, end = place
-    streamed = compute_pb2.StreamedRequest.FromString(frame[end:])
-    if streamed.HasField("request"):
-        streamed = compute_pb2.StreamedRequest.FromString(frame)
-        return streamed, streamed.request, streamed.request.data
-    request, data = frames.read(compute_pb2.ComputeRequest(), memoryview(frame)[begin:end])
+    request, data = frames.read(compute_pb2.ComputeRequest(), taken[0])
     streamed.request.SetInParent()
     return streamed, request, data

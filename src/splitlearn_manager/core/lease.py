@@ -29,6 +29,11 @@ class Lease:
             self.ok = False
         self.release()
 
+    @property
+    def released(self) -> bool:
+        """Whether it has been given back."""
+        return self._closed
+
     def release(self) -> None:
         """Gives the instance back. A second call does nothing."""
         if not self._closed:

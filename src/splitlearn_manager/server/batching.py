@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec
 
 from splitlearn_comm.core.compute_function import invoke
 from splitlearn_comm.core.deadlines import working_for
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
 LENDS_S = 0.1
 """A forward that has run for so long no longer counts against the number of those that run at a time."""
@@ -218,7 +219,7 @@ class Batcher:
                 if not queue.running:
                     del self._active[key]
         for waiting in cut:
-            _refuse(waiting, why)
+            _end(_refuse, waiting, why)
         return len(cut)
 
     def stop(self) -> None:
@@ -320,6 +321,12 @@ class Batcher:
         try:
             self._plan.prepare()
             answered = self._forward(queue, batch)
+        except BaseException as error:
+            # Not the model's: that has been told. Nobody may be left waiting, nor the thread be lost.
+            answered = []
+            for waiting in batch:
+                if not waiting.lease.released:
+                    _end(_refuse, waiting, _refusal(queue.instance.model_id, error))
         finally:
             with self._lock:
                 now = self._clock()
@@ -329,7 +336,7 @@ class Batcher:
                 if not queue.waiting and not queue.running:
                     del self._active[queue.instance.key]
         for waiting, output, computed_ms in answered:
-            _answer(waiting, output, computed_ms)
+            _end(_answer, waiting, output, computed_ms)
 
     # Forwards.
 
@@ -448,6 +455,14 @@ def _is_final(refusal: ComputeError) -> bool:
     """Whether trying again would not do: the worker process died, or had to be ended."""
     died = isinstance(refusal, ComputeFailed) and refusal.reason == "WorkerDied"
     return died or isinstance(refusal, DeadlinePassed | NotReady)
+
+
+def _end(how: Callable[P, None], *arguments: P.args, **named: P.kwargs) -> None:
+    """Answer or refuse a request; what goes wrong with one is no other's business."""
+    try:
+        how(*arguments, **named)
+    except Exception:
+        log.exception("event=NotAnswered")
 
 
 def _answer(waiting: Waiting, output: torch.Tensor, computed_ms: float) -> None:

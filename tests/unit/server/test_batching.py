@@ -269,6 +269,29 @@ def test_models_share_the_time_by_the_weight_of_their_priority() -> None:
         assert abs(high - 4 * low) <= 8, f"after {end} forwards: {low} of low, {high} of high"
 
 
+def test_what_goes_wrong_beside_the_model_leaves_nobody_waiting_and_no_thread_is_lost() -> None:
+    """Seen to fail with a thread that ends by what is raised."""
+    failing = [True, True]
+
+    def ran(model_id: str, rows: int, waited_s: float) -> None:
+        if failing and failing.pop():
+            raise LookupError("no such series")
+
+    instance, joined = instance_of(mlp()), batcher(ran=ran)
+    for _ in range(2):
+        (lost,) = ask(joined, instance, torch.ones(1, 4))
+        with pytest.raises(ComputeFailed, match="no such series"):
+            lost.result()
+    (good,) = ask(joined, instance, torch.ones(1, 4))
+    good.result()
+    broken = Asked(torch.ones(1, 4))
+    broken.when_ended = lambda asked: (_ for _ in ()).throw(OSError("the call is gone"))
+    joined.submit(leased(instance), broken, broken.tensor)
+    (after,) = ask(joined, instance, torch.ones(1, 4))
+    after.result()
+    eventually(lambda: instance.in_flight == 0, "leases are given back")
+
+
 def test_leases_are_given_back_and_errors_counted() -> None:
     instance, joined = instance_of(RefusesNan()), batcher()
     good, bad = ask(joined, instance, torch.ones(1, 4), torch.full((1, 4), float("nan")))
