@@ -12,6 +12,7 @@ The rules forbid; that the right thing happens in the end is asked once the worl
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -68,6 +69,7 @@ class Oracle:
         self.suspended: set[str] = set()
         self.ever_suspended: set[str] = set()
         self.may_mean: dict[str, History[bool]] = {}
+        self._settle_s = math.inf
         self._first_seen: dict[str, tuple[object, float]] = {}
         self._first_clean: dict[str, tuple[object, float]] = {}
         self._absent_at_look: set[str] = set()
@@ -162,6 +164,8 @@ class Oracle:
         self.truth.end_look()
         if self._first_look is None:
             self._first_look = t
+        # What the last look proved by the settle_s of its time stays proven when server.yaml raises it.
+        settle_s, self._settle_s = min(settle_s, self._settle_s), settle_s
         present = {**dict(after.undecided), **after.models}
         for model_id, model in present.items():
             if model_id not in self.may_mean:

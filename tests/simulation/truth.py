@@ -68,6 +68,10 @@ class History(Generic[T]):
             self.since = min(self.since, self._met[1])
         self._met = (self.value, self.since)
 
+    def meet_first(self) -> None:
+        """A look begins, and what the last one met is not what this one meets."""
+        self._met = (self.value, self.since)
+
     def throughout(self, t: float, window_s: float) -> list[T]:
         """The values of which one, at least, may have been seen at all looks of the last `window_s`."""
         found = []
@@ -97,6 +101,7 @@ class Truth:
     whole: History[tuple[object, bool]] = field(default_factory=lambda: History((None, False), 0.0))
     marks: dict[str, object] = field(default_factory=dict)
     unreadable: set[str] = field(default_factory=set)
+    _met: dict[str, object] = field(default_factory=dict)
 
     def see(self, t: float) -> None:
         """The files may have changed.
@@ -129,8 +134,16 @@ class Truth:
         self.in_look = True
         self.unreadable = {name for name, seen in walk(self.fs)[2].items() if seen.unreadable}
         self.see(t)
-        for history in self.files.values():
+        for name, history in self.files.items():
             history.before = None
+            # The same inode, size and times again (an inode is used again): nobody can tell that the
+            # file was away in between.
+            mark = self.marks.get(name)
+            if mark is not None and mark == self._met.get(name):
+                history.meet()
+            else:
+                history.meet_first()
+        self._met = dict(self.marks)
         self.whole.before = None
 
     def end_look(self) -> None:
