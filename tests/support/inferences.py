@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from splitlearn_comm.core import ComputeError, DeadlinePassed, ModelComputeFunction, TensorCodec
+from splitlearn_comm.core.packed import Packed, Rows
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner
 from splitlearn_manager.core.managed_model import ManagedModel
@@ -30,15 +31,16 @@ class Asked:
         self.ended = threading.Event()
         self.when_ended: Callable[[Asked], None] = lambda asked: None
 
-    def decode(self, codec: TensorCodec) -> torch.Tensor:
-        return self.tensor
+    def unpack(self, codec: TensorCodec) -> Packed:
+        own = TensorCodec(self.tensor.dtype)
+        return own.unpack(*own.encode(self.tensor))
 
     def check_wanted(self) -> None:
         if not self.wanted:
             raise DeadlinePassed("the caller is gone; nothing was computed", "CallerGone")
 
-    def answer(self, model_id: str, output: torch.Tensor, computed_ms: float) -> None:
-        self._end(output.clone(), None)
+    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
+        self._end(output.tensor().clone(), None)
 
     def refuse(self, error: ComputeError, model_id: str = "") -> None:
         self._end(None, error)
@@ -95,7 +97,7 @@ def ask(batcher: Batcher, instance: ManagedModel, *tensors: torch.Tensor) -> lis
     """One request for each tensor, in their order."""
     asked = [Asked(tensor) for tensor in tensors]
     for one in asked:
-        batcher.submit(leased(instance), one, one.tensor)
+        batcher.submit(leased(instance), one, one.unpack(TensorCodec()))
     return asked
 
 

@@ -13,15 +13,14 @@ Codecs hold no state and may be shared by threads.
 
 from __future__ import annotations
 
-import ctypes
 import math
 import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from splitlearn_comm.core.errors import InvalidRequest
+from splitlearn_comm.core.packed import Packed
 
 MAX_DIMENSIONS = 64
 DEFAULT_MAX_DECODED_BYTES = 1 << 30
@@ -65,6 +64,9 @@ class TensorCodec:
     Raises:
         ValueError: for any other dtype.
     """
+
+    plain = True
+    """Whether what travels is the tensor's own memory, so that rows of it are bytes of it."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         if dtype not in _DTYPES:
@@ -123,6 +125,10 @@ class TensorCodec:
         Raises:
             InvalidRequest: if the shape is impossible or does not fit the bytes.
         """
+        return self.unpack(data, shape).tensor()
+
+    def unpack(self, data: bytes | memoryview, shape: Sequence[int]) -> Packed:
+        """As `decode`, for a tensor that is made later."""
         dims = checked_shape(shape)
         expected = math.prod(dims) * self.dtype.itemsize
         raw = self._unpack(data, expected, dims)
@@ -131,13 +137,7 @@ class TensorCodec:
                 f"shape {list(dims)} of {dtype_name(self.dtype)} needs {expected} bytes, "
                 f"but the message carries {len(raw)}"
             )
-        if expected == 0:
-            return torch.empty(dims, dtype=self.dtype)
-        owned = taken_over(raw) if isinstance(raw, memoryview) else bytearray(raw)
-        if self.dtype is torch.bool:
-            # Only 0 and 1 are bools; other byte values would behave differently from operation to operation.
-            return torch.frombuffer(owned, dtype=torch.uint8).ne(0).reshape(dims)
-        return torch.frombuffer(owned, dtype=self.dtype).reshape(dims)
+        return Packed(raw, dims, self.dtype)
 
     def _pack(self, raw: memoryview) -> bytes | memoryview:
         return raw
@@ -157,6 +157,8 @@ class CompressedTensorCodec(TensorCodec):
         max_decoded_bytes: the largest tensor that is inflated. A message of 100 MiB may inflate to a
             thousand times as much, and its shape is the sender's claim.
     """
+
+    plain = False
 
     def __init__(
         self,
@@ -204,18 +206,6 @@ class CompressedTensorCodec(TensorCodec):
                 f"{len(inflater.unused_data)} bytes follow the end of the compressed tensor"
             )
         return raw
-
-
-def taken_over(view: memoryview) -> ctypes.Array[ctypes.c_char]:
-    """The memory of a view of bytes, writable, for somebody who alone will use it from now on.
-
-    Only for views of large objects: small ones may be shared by the whole interpreter.
-    """
-    address = np.frombuffer(view, dtype=np.uint8).ctypes.data
-    memory = (ctypes.c_char * len(view)).from_address(address)
-    # What is made of the array keeps it alive, and it the bytes.
-    memory._bytes = view  # type: ignore[attr-defined]
-    return memory
 
 
 def dtype_name(dtype: torch.dtype) -> str:

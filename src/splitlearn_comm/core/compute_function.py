@@ -204,3 +204,16 @@ def _described(value: object) -> str:
     if isinstance(value, tuple | list):
         return f"{type(value).__name__}[{', '.join(type(item).__name__ for item in value)}]"
     return type(value).__name__
+
+
+def on_cpu(tensor: object) -> torch.Tensor:
+    """What a model returned, as an answer: on the processor, without a graph.
+
+    Raises:
+        ComputeFailed: if it is no tensor.
+    """
+    import torch
+
+    if not isinstance(tensor, torch.Tensor):
+        raise ComputeFailed(f"the model returned a {type(tensor).__name__}; expected a tensor")
+    return tensor.detach().to("cpu")

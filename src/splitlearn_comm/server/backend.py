@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.compute_function import ComputeFunction
 from splitlearn_comm.core.errors import ComputeError
-
-if TYPE_CHECKING:
-    import torch
+from splitlearn_comm.core.packed import Packed, Rows
 
 HEALTHY = "ok"
 
@@ -99,7 +97,7 @@ class ComputeBackend(Protocol):
 
 
 class Inference(Protocol):
-    """A request for a plain forward, on its way: decoded, run and answered, or refused, once.
+    """A request for a plain forward, on its way: unpacked, run and answered, or refused, once.
 
     Attributes:
         until_s: when its caller stops waiting, on `time.monotonic`; None if never.
@@ -107,8 +105,8 @@ class Inference(Protocol):
 
     until_s: float | None
 
-    def decode(self, codec: TensorCodec) -> torch.Tensor:
-        """The tensor, given how the model's tensors travel; to be asked for once.
+    def unpack(self, codec: TensorCodec) -> Packed:
+        """The tensor's bytes, given how the model's tensors travel; to be asked for once.
 
         Raises:
             InvalidRequest: its bytes are none of that shape.
@@ -117,8 +115,8 @@ class Inference(Protocol):
     def check_wanted(self) -> None:
         """Raise `DeadlinePassed` if nobody waits for the answer any more."""
 
-    def answer(self, model_id: str, output: torch.Tensor, computed_ms: float) -> None:
-        """Send the output of the model, a tensor on the processor. Never raises."""
+    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
+        """Send what the model answered. Never raises."""
 
     def refuse(self, error: ComputeError, model_id: str = "") -> None:
         """End the request without an answer. Never raises."""

@@ -25,19 +25,20 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 import grpc
-import torch
 from google.protobuf.message import DecodeError
 
 from splitlearn_comm.core import frames
 from splitlearn_comm.core.codec import TensorCodec, checked_shape
-from splitlearn_comm.core.compute_function import Computed, invoke
+from splitlearn_comm.core.compute_function import Computed, invoke, on_cpu
 from splitlearn_comm.core.errors import ComputeError, ComputeFailed, DeadlinePassed, InvalidRequest
 from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.core.messages import decode_cache, encode_cache
 from splitlearn_comm.core.out_of_memory import telling_out_of_memory
+from splitlearn_comm.core.packed import Output, Rows
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server.backend import ComputeBackend, Inferences, Opened
 from splitlearn_comm.server.direct import Call as DirectCall
+from splitlearn_comm.server.forward import NO_DEADLINE_S, Forward, WaitingCall
 from splitlearn_comm.server.forwards import ForwardTarget, ForwardTargets
 from splitlearn_comm.server.messages import codec_for, interval_s, snapshot_message
 from splitlearn_comm.server.monitoring import LoadMonitor, LoadSnapshot
@@ -49,8 +50,6 @@ _MAX_REMEMBERED_FORWARDS = 4096
 
 # A snapshot in a response may be that old, so that a busy server measures once a second, not per request.
 _RESPONSE_SNAPSHOT_AGE_S = 1.0
-# gRPC says "no deadline" by a time that is years away.
-_NO_DEADLINE_S = 365 * 24 * 3600.0
 _MONITORING_DATA = compute_pb2.ComputeResponse.MONITORING_DATA_FIELD_NUMBER
 
 ResponseT = TypeVar("ResponseT")
@@ -70,7 +69,7 @@ class Call:
     def remaining_s(self) -> float | None:
         """Seconds until the caller's deadline, None without one."""
         remaining = self.context.time_remaining()
-        return None if remaining is None or remaining > _NO_DEADLINE_S else float(remaining)
+        return None if remaining is None or remaining > NO_DEADLINE_S else float(remaining)
 
     def check_wanted(self) -> None:
         """Raise `DeadlinePassed` if nobody waits for the answer any more."""
@@ -336,18 +335,20 @@ class ComputeServicer:
             computed_ms = (self._clock() - started_s) * 1000
             if computed.present is not None:
                 response.present_key_values.extend(encode_cache(computed.present, codec))
-            return b"".join(self.encoded(request, response, codec, output, computed_ms))
+            return b"".join(
+                self.encoded(request, response, codec, Output(output).whole(), computed_ms)
+            )
 
     def encoded(
         self,
         request: compute_pb2.ComputeRequest,
         response: compute_pb2.ComputeResponse,
         codec: TensorCodec,
-        output: torch.Tensor,
+        output: Rows,
         computed_ms: float,
     ) -> tuple[Bytes, ...]:
         """The response's bytes in parts, with what every response has added to `response`."""
-        data, shape = codec.view(output)
+        data, shape = output.view(codec)
         response.shape.extend(shape)
         response.compute_time_ms = computed_ms
         if request.HasField("request_id"):
@@ -395,101 +396,3 @@ class ComputeServicer:
 
 def _is_plain(request: compute_pb2.ComputeRequest) -> bool:
     return not (request.training_mode or request.use_cache or len(request.past_key_values))
-
-
-class Forward:
-    """A plain forward that the backend has been offered, see `Inference`."""
-
-    __slots__ = ("_call", "_codec", "_data", "_request", "_servicer", "_started_s", "until_s")
-
-    def __init__(
-        self,
-        servicer: ComputeServicer,
-        call: DirectCall,
-        request: compute_pb2.ComputeRequest,
-        data: Bytes,
-        started_s: float,
-    ) -> None:
-        self._servicer = servicer
-        self._call = call
-        self._request = request
-        self._data: Bytes | None = data
-        self._codec: TensorCodec | None = None
-        self._started_s = started_s
-        remaining_s = call.remaining_s()
-        self.until_s = None if remaining_s > _NO_DEADLINE_S else time.monotonic() + remaining_s
-
-    def decode(self, codec: TensorCodec) -> torch.Tensor:
-        """The request's tensor, to be asked for once, given how the model's tensors travel."""
-        self._codec = codec_for(self._request, codec)
-        data, self._data = self._data, None
-        assert data is not None
-        return self._codec.decode(data, self._request.shape)
-
-    def check_wanted(self) -> None:
-        """Raise `DeadlinePassed` if nobody waits for the answer any more."""
-        if self.until_s is not None and time.monotonic() >= self.until_s:
-            raise DeadlinePassed("the deadline passed before the model ran; nothing was computed")
-        if not self._call.active():
-            raise DeadlinePassed("the caller is gone; nothing was computed", "CallerGone")
-
-    def answer(self, model_id: str, output: torch.Tensor, computed_ms: float) -> None:
-        """Send the model's output. What cannot be sent is told as an error of the model."""
-        assert self._codec is not None
-        try:
-            response = self._servicer.encoded(
-                self._request, compute_pb2.ComputeResponse(), self._codec, output, computed_ms
-            )
-        except Exception as error:
-            self.refuse(from_model_error(model_id, error), model_id)
-            return
-        self._call.send(*response)
-        self._servicer.answered(model_id, self._started_s)
-
-    def refuse(self, error: ComputeError, model_id: str = "") -> None:
-        """End the request without an answer."""
-        who = model_id or self._request.model_id
-        self._call.refuse(*self._servicer.refused(who, error, self._started_s))
-
-
-class WaitingCall:
-    """A call of gRPC's whose thread waits for the answer, as one that is answered from any thread."""
-
-    def __init__(self, context: grpc.ServicerContext) -> None:
-        self._context = context
-        self._ended = threading.Event()
-        self._response: bytes | None = None
-        self._refusal: tuple[grpc.StatusCode, str] | None = None
-
-    def remaining_s(self) -> float:
-        remaining = self._context.time_remaining()
-        return float("inf") if remaining is None else float(remaining)
-
-    def active(self) -> bool:
-        return bool(self._context.is_active())
-
-    def send(self, *response: Bytes) -> None:
-        self._response = b"".join(response)
-        self._ended.set()
-
-    def refuse(self, status: grpc.StatusCode, details: str) -> None:
-        self._refusal = status, details
-        self._ended.set()
-
-    def run(self, handle: Callable[..., object], request: object) -> None:
-        raise AssertionError("it has a thread already")
-
-    def answer(self) -> bytes:
-        """Wait for the answer, and give it; a refusal ends the call."""
-        self._ended.wait()
-        if self._refusal is not None:
-            self._context.abort(*self._refusal)
-        assert self._response is not None
-        return self._response
-
-
-def on_cpu(tensor: object) -> torch.Tensor:
-    """What a model returned, as an answer: on the processor, without a graph."""
-    if not isinstance(tensor, torch.Tensor):
-        raise ComputeFailed(f"the model returned a {type(tensor).__name__}; expected a tensor")
-    return tensor.detach().to("cpu")

@@ -19,117 +19,25 @@ whose caller is gone, is dropped before its forward. The lock is held for micros
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from time import monotonic
-from typing import TYPE_CHECKING, ParamSpec
 
-from splitlearn_comm.core.compute_function import invoke
-from splitlearn_comm.core.deadlines import working_for
-from splitlearn_comm.core.errors import (
-    ComputeError,
-    ComputeFailed,
-    DeadlinePassed,
-    NotReady,
-    OutOfMemory,
-    Overloaded,
-)
-from splitlearn_comm.core.out_of_memory import telling_out_of_memory
+from splitlearn_comm.core.errors import ComputeError, NotReady, Overloaded
+from splitlearn_comm.core.packed import Packed
 from splitlearn_comm.server.backend import Inference
-from splitlearn_comm.server.servicer import on_cpu
-from splitlearn_comm.server.statuses import from_model_error, status_of
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.server.batches import BatchRunner, answer, end, refusal_of, refuse
 from splitlearn_manager.server.fairness import weight_of
+from splitlearn_manager.server.queues import Queue, Waiting, queue_of
 from splitlearn_manager.server.threads import ThreadPlan
-
-if TYPE_CHECKING:
-    import torch
-
-log = logging.getLogger(__name__)
-P = ParamSpec("P")
 
 LENDS_S = 0.1
 """A forward that has run for so long no longer counts against the number of those that run at a time."""
 _NEVER_S = float("inf")
 _SPARE_THREADS = 2
 """How many threads beyond those that compute are kept for later."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Waiting:
-    """A request in the queue. Its lease is given back when it has been answered or refused."""
-
-    inference: Inference
-    lease: Lease
-    tensor: torch.Tensor
-    came_s: float
-
-    @property
-    def rows(self) -> int:
-        """Its size in the dimension along which requests are joined; 0 if it cannot be joined."""
-        return int(self.tensor.shape[0]) if self.tensor.dim() else 0
-
-    def goes_with(self, other: Waiting) -> bool:
-        """Whether the two may be in one batch."""
-        mine, others = self.tensor, other.tensor
-        return mine.dtype is others.dtype and mine.shape[1:] == others.shape[1:] and other.rows > 0
-
-
-@dataclass(slots=True, eq=False)
-class Queue:
-    """The requests of one instance.
-
-    Attributes:
-        running: forwards under way.
-        joins: whether its requests may be joined.
-        had_s: the time that it has had, by its weight; see `splitlearn_manager.server.fairness`.
-    """
-
-    instance: ManagedModel
-    joins: bool
-    waiting: deque[Waiting] = field(default_factory=deque)
-    running: int = 0
-    had_s: float = 0.0
-
-    @property
-    def largest(self) -> int:
-        """The most rows of a batch."""
-        limit = self.instance.largest_batch
-        size = self.instance.config.batch_size
-        return size if limit is None else min(size, limit)
-
-    def ripe_s(self) -> float:
-        """When the first request has waited long enough for a batch to fill."""
-        first, delay_ms = self.waiting[0], self.instance.config.max_queue_delay_ms
-        if not delay_ms or not self.joins or sum(w.rows for w in self.waiting) >= self.largest:
-            return first.came_s
-        return first.came_s + delay_ms / 1000
-
-    def take(self) -> list[Waiting]:
-        """The next batch: the first request, and those that go with it, in their order."""
-        first = self.waiting.popleft()
-        batch, rows = [first], first.rows
-        if not self.joins or not rows or not self.waiting:
-            return batch
-        left: deque[Waiting] = deque()
-        while self.waiting:
-            other = self.waiting.popleft()
-            if not first.goes_with(other):
-                left.append(other)
-            elif rows + other.rows > self.largest:
-                # Those behind it must not overtake it.
-                left.append(other)
-                break
-            else:
-                batch.append(other)
-                rows += other.rows
-        left.extend(self.waiting)
-        self.waiting = left
-        return batch
 
 
 class _Thread:
@@ -168,8 +76,7 @@ class Batcher:
     ) -> None:
         self._plan = threads
         self._apart = apart
-        self._out_of_memory = out_of_memory
-        self._ran = ran
+        self._batches = BatchRunner(out_of_memory, ran, clock)
         self._clock = clock
         self._lock = threading.Lock()
         self._active: dict[str, Queue] = {}
@@ -179,7 +86,7 @@ class Batcher:
         self._least_s = 0.0
         self._stopped = False
 
-    def submit(self, lease: Lease, inference: Inference, tensor: torch.Tensor) -> None:
+    def submit(self, lease: Lease, inference: Inference, packed: Packed) -> None:
         """Queue a request; from now on it and its lease are the batcher's.
 
         Raises:
@@ -191,7 +98,7 @@ class Batcher:
         with self._lock:
             if self._stopped:
                 raise NotReady("the node is shutting down")
-            queue = _queue_of(instance)
+            queue = queue_of(instance)
             limit = instance.config.max_queue
             if len(queue.waiting) >= limit:
                 raise Overloaded(
@@ -202,7 +109,7 @@ class Batcher:
                 # What it did not use while nobody asked is not owed to it.
                 queue.had_s = max(queue.had_s, self._least_s)
                 self._active[instance.key] = queue
-            queue.waiting.append(Waiting(inference, lease, tensor, now))
+            queue.waiting.append(Waiting(inference, lease, packed, now))
             if self._wants(queue):
                 if queue.ripe_s() <= now and self._places(now) > 0:
                     self._wake_one()
@@ -219,7 +126,7 @@ class Batcher:
                 if not queue.running:
                     del self._active[key]
         for waiting in cut:
-            _end(_refuse, waiting, why)
+            end(refuse, waiting, why)
         return len(cut)
 
     def stop(self) -> None:
@@ -320,13 +227,13 @@ class Batcher:
         began_s = self._clock()
         try:
             self._plan.prepare()
-            answered = self._forward(queue, batch)
+            answered = self._batches.run(queue, batch)
         except BaseException as error:
             # Not the model's: that has been told. Nobody may be left waiting, nor the thread be lost.
             answered = []
             for waiting in batch:
                 if not waiting.lease.released:
-                    _end(_refuse, waiting, _refusal(queue.instance.model_id, error))
+                    end(refuse, waiting, refusal_of(queue.instance.model_id, error))
         finally:
             with self._lock:
                 now = self._clock()
@@ -336,141 +243,9 @@ class Batcher:
                 if not queue.waiting and not queue.running:
                     del self._active[queue.instance.key]
         for waiting, output, computed_ms in answered:
-            _end(_answer, waiting, output, computed_ms)
-
-    # Forwards.
-
-    def _forward(
-        self, queue: Queue, batch: list[Waiting]
-    ) -> list[tuple[Waiting, torch.Tensor, float]]:
-        """Runs those that are still wanted; what has to be answered, and with what."""
-        batch = [waiting for waiting in batch if _still_wanted(waiting)]
-        if not batch:
-            return []
-        import torch
-
-        instance = queue.instance
-        began_s = self._clock()
-        rows = sum(waiting.rows for waiting in batch)
-        self._ran(instance.model_id, rows, began_s - batch[0].came_s)
-        try:
-            output = _output(instance, batch)
-        except BaseException as error:
-            # BaseException, because a model that calls sys.exit() would otherwise leave its callers waiting.
-            return self._after_failure(queue, batch, error)
-        computed_ms = (self._clock() - began_s) * 1000
-        if len(batch) == 1:
-            return [(batch[0], output, computed_ms)]
-        if output.dim() == 0 or output.shape[0] != rows:
-            log.warning(
-                "model_id=%s joins=no: it answered %d rows with an output of shape %s",
-                instance.model_id,
-                rows,
-                list(output.shape),
-            )
-            queue.joins = False
-            return self._one_by_one(queue, batch)
-        parts = torch.split(output, [waiting.rows for waiting in batch])
-        return [(w, part, computed_ms) for w, part in zip(batch, parts, strict=True)]
-
-    def _after_failure(
-        self, queue: Queue, batch: list[Waiting], error: BaseException
-    ) -> list[tuple[Waiting, torch.Tensor, float]]:
-        instance = queue.instance
-        refusal = _refusal(instance.model_id, error)
-        if isinstance(error, OutOfMemory):
-            self._out_of_memory(instance, error.batch)
-        if len(batch) == 1 or _is_final(refusal):
-            for waiting in batch:
-                _refuse(waiting, refusal)
-            return []
-        if isinstance(error, OutOfMemory):
-            half = len(batch) // 2
-            return [*self._forward(queue, batch[:half]), *self._forward(queue, batch[half:])]
-        return self._one_by_one(queue, batch)
-
-    def _one_by_one(
-        self, queue: Queue, batch: Iterable[Waiting]
-    ) -> list[tuple[Waiting, torch.Tensor, float]]:
-        return [answer for waiting in batch for answer in self._forward(queue, [waiting])]
+            end(answer, waiting, output, computed_ms)
 
 
 def _patience_s(until_s: float, now: float) -> float:
     """For a lock: -1 waits for ever."""
     return -1 if until_s == _NEVER_S else min(max(0.0, until_s - now), threading.TIMEOUT_MAX)
-
-
-def _queue_of(instance: ManagedModel) -> Queue:
-    """The queue of an instance, kept with it for as long as it lives."""
-    queue = instance.queue
-    if not isinstance(queue, Queue):
-        joins = instance.running is not None and instance.running.joins
-        queue = instance.queue = Queue(instance, joins)
-    return queue
-
-
-def _output(instance: ManagedModel, batch: Sequence[Waiting]) -> torch.Tensor:
-    import torch
-
-    running = instance.running
-    if running is None:
-        raise NotReady(f"model {instance.model_id!r} is being unloaded")
-    until_s = _until_s(batch)
-    remaining_s = None if until_s is None else until_s - monotonic()
-    rows = sum(waiting.rows for waiting in batch)
-    shape = (rows, *batch[0].tensor.shape[1:])
-    with working_for(remaining_s), telling_out_of_memory(instance.model_id, shape):
-        joined = batch[0].tensor if len(batch) == 1 else torch.cat([w.tensor for w in batch])
-        return on_cpu(invoke(running.compute_function, joined).output)
-
-
-def _until_s(batch: Sequence[Waiting]) -> float | None:
-    """When nobody waits for the batch any more."""
-    latest_s = 0.0
-    for waiting in batch:
-        if waiting.inference.until_s is None:
-            return None
-        latest_s = max(latest_s, waiting.inference.until_s)
-    return latest_s
-
-
-def _still_wanted(waiting: Waiting) -> bool:
-    try:
-        waiting.inference.check_wanted()
-    except DeadlinePassed as passed:
-        _refuse(waiting, passed)
-        return False
-    return True
-
-
-def _refusal(model_id: str, error: BaseException) -> ComputeError:
-    if isinstance(error, ComputeError):
-        return error
-    refusal = from_model_error(model_id, error)
-    log.error("model_id=%s status=%s", model_id, status_of(refusal).name, exc_info=error)
-    return refusal
-
-
-def _is_final(refusal: ComputeError) -> bool:
-    """Whether trying again would not do: the worker process died, or had to be ended."""
-    died = isinstance(refusal, ComputeFailed) and refusal.reason == "WorkerDied"
-    return died or isinstance(refusal, DeadlinePassed | NotReady)
-
-
-def _end(how: Callable[P, None], *arguments: P.args, **named: P.kwargs) -> None:
-    """Answer or refuse a request; what goes wrong with one is no other's business."""
-    try:
-        how(*arguments, **named)
-    except Exception:
-        log.exception("event=NotAnswered")
-
-
-def _answer(waiting: Waiting, output: torch.Tensor, computed_ms: float) -> None:
-    with waiting.lease as lease:
-        waiting.inference.answer(lease.instance.model_id, output, computed_ms)
-
-
-def _refuse(waiting: Waiting, error: ComputeError) -> None:
-    with waiting.lease as lease:
-        lease.ok = False
-        waiting.inference.refuse(error, lease.instance.model_id)

@@ -99,7 +99,7 @@ class ManagedBackend:
         if lease is None:
             return False
         try:
-            self._batcher.submit(lease, inference, inference.decode(self._codec))
+            self._batcher.submit(lease, inference, inference.unpack(self._codec))
         except BaseException:
             lease.ok = False
             lease.release()

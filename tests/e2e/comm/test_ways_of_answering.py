@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from splitlearn_comm.core import TensorCodec
+from splitlearn_comm.core.packed import Output
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server, direct
 from splitlearn_comm.server import grpc_server as wiring
@@ -42,7 +43,7 @@ class Later:
 
     def answer(self, number: int) -> None:
         inference = self.taken[number]
-        inference.answer("m", inference.decode(TensorCodec()) * 2, 1.0)
+        inference.answer("m", Output(inference.unpack(TensorCodec()).tensor() * 2).whole(), 1.0)
 
 
 class Lab:

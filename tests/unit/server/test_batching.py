@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from splitlearn_comm.core import ComputeFailed, NotReady, OutOfMemory, Overloaded
+from splitlearn_comm.core import ComputeFailed, NotReady, OutOfMemory, Overloaded, TensorCodec
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.threads import ThreadPlan
@@ -63,7 +63,7 @@ def test_only_equal_shapes_and_dtypes_are_joined_and_order_is_kept() -> None:
     asked = [Asked(tensor) for tensor in tensors]
     for number, one in enumerate(asked):
         one.when_ended = lambda _, number=number: order.append(number)  # type: ignore[misc]
-        joined.submit(leased(instance), one, one.tensor)
+        joined.submit(leased(instance), one, one.unpack(TensorCodec()))
     gate.open.set()
     assert [tuple(one.result().shape) for one in asked] == [tuple(t.shape) for t in tensors]
     first.result()
@@ -286,7 +286,7 @@ def test_what_goes_wrong_beside_the_model_leaves_nobody_waiting_and_no_thread_is
     good.result()
     broken = Asked(torch.ones(1, 4))
     broken.when_ended = lambda asked: (_ for _ in ()).throw(OSError("the call is gone"))
-    joined.submit(leased(instance), broken, broken.tensor)
+    joined.submit(leased(instance), broken, broken.unpack(TensorCodec()))
     (after,) = ask(joined, instance, torch.ones(1, 4))
     after.result()
     eventually(lambda: instance.in_flight == 0, "leases are given back")

@@ -1,0 +1,140 @@
+"""Tensors in the form in which they travel: the bytes of a request, and the rows of an answer.
+
+A request's bytes become a tensor only when its batch is formed, all in one piece; a batch's output is viewed
+as bytes once, and each request is sent its rows of them. Every operation of torch lets other threads of the
+interpreter go first, so that a few operations less for each request count for more than their own time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+if TYPE_CHECKING:
+    from splitlearn_comm.core.codec import TensorCodec
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """The bytes of a tensor, which fit its shape and dtype.
+
+    Attributes:
+        data: C-contiguous and little-endian; a view is owned by whoever has this object.
+    """
+
+    data: bytes | memoryview
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """Its size in dimension 0; 0 for a scalar."""
+        return self.shape[0] if self.shape else 0
+
+    def tensor(self) -> torch.Tensor:
+        """A CPU tensor that may be written to. Immutable bytes are copied, a view is taken over."""
+        if not self.data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        view = isinstance(self.data, memoryview)
+        owned = taken_over(self.data) if view else bytearray(self.data)  # type: ignore[arg-type]
+        return _of(owned, self.dtype, self.shape)
+
+
+def joined(parts: Sequence[Packed]) -> torch.Tensor:
+    """One CPU tensor of all rows, in order, copied once.
+
+    Args:
+        parts: of one dtype, and of the same sizes but for dimension 0.
+    """
+    if len(parts) == 1:
+        return parts[0].tensor()
+    first = parts[0]
+    shape = (sum(part.rows for part in parts), *first.shape[1:])
+    owned = bytearray().join([part.data for part in parts])
+    return _of(owned, first.dtype, shape) if owned else torch.empty(shape, dtype=first.dtype)
+
+
+class Output:
+    """What a model answered to a batch, on the processor."""
+
+    __slots__ = ("_views", "tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+        self._views: dict[torch.dtype, memoryview] = {}
+
+    def rows(self, first: int, count: int) -> Rows:
+        """Those that answer one request of the batch."""
+        return Rows(self, first, count)
+
+    def whole(self) -> Rows:
+        """All of it, whatever its shape."""
+        return Rows(self, 0, None)
+
+    def view(self, codec: TensorCodec) -> memoryview:
+        """All bytes, for a codec that packs nothing."""
+        view = self._views.get(codec.dtype)
+        if view is None:
+            view = self._views[codec.dtype] = memoryview(codec.view(self.tensor)[0])
+        return view
+
+
+class Rows:
+    """The part of an output that answers one request.
+
+    Args:
+        count: None for all of it.
+    """
+
+    __slots__ = ("_count", "_first", "_output")
+
+    def __init__(self, output: Output, first: int, count: int | None) -> None:
+        self._output = output
+        self._first = first
+        self._count = count
+
+    def tensor(self) -> torch.Tensor:
+        """As a tensor, which shares the output's memory."""
+        whole = self._output.tensor
+        return whole if self._count is None else whole.narrow(0, self._first, self._count)
+
+    def view(self, codec: TensorCodec) -> tuple[bytes | memoryview, Sequence[int]]:
+        """As `TensorCodec.view`; the bytes are valid as long as this object is.
+
+        Raises:
+            TypeError: if it is no dense tensor of real numbers.
+        """
+        if self._count is None or not codec.plain:
+            return codec.view(self.tensor())
+        view, shape = self._output.view(codec), self._output.tensor.shape
+        row = len(view) // shape[0]
+        return view[self._first * row : (self._first + self._count) * row], (
+            self._count,
+            *shape[1:],
+        )
+
+
+def _of(
+    owned: bytearray | ctypes.Array[ctypes.c_char], dtype: torch.dtype, shape: tuple[int, ...]
+) -> torch.Tensor:
+    if dtype is torch.bool:
+        # Only 0 and 1 are bools; other byte values would behave differently from operation to operation.
+        return torch.frombuffer(owned, dtype=torch.uint8).ne(0).reshape(shape)
+    return torch.frombuffer(owned, dtype=dtype).reshape(shape)
+
+
+def taken_over(view: memoryview) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a view of bytes, writable, for somebody who alone will use it from now on.
+
+    Only for views of large objects: small ones may be shared by the whole interpreter.
+    """
+    address = np.frombuffer(view, dtype=np.uint8).ctypes.data
+    memory = (ctypes.c_char * len(view)).from_address(address)
+    # What is made of the array keeps it alive, and it the bytes.
+    memory._bytes = view  # type: ignore[attr-defined]
+    return memory

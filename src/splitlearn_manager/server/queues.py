@@ -1,0 +1,93 @@
+"""The requests that wait for one instance, and which of them make the next batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from splitlearn_comm.core.packed import Packed
+from splitlearn_comm.server.backend import Inference
+from splitlearn_manager.core.lease import Lease
+from splitlearn_manager.core.managed_model import ManagedModel
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Waiting:
+    """A request in the queue. Its lease is given back when it has been answered or refused."""
+
+    inference: Inference
+    lease: Lease
+    packed: Packed
+    came_s: float
+
+    @property
+    def rows(self) -> int:
+        """Its size in the dimension along which requests are joined; 0 if it cannot be joined."""
+        return self.packed.rows
+
+    def goes_with(self, other: Waiting) -> bool:
+        """Whether the two may be in one batch."""
+        mine, others = self.packed, other.packed
+        return mine.dtype is others.dtype and mine.shape[1:] == others.shape[1:] and other.rows > 0
+
+
+@dataclass(slots=True, eq=False)
+class Queue:
+    """The requests of one instance.
+
+    Attributes:
+        running: forwards under way.
+        joins: whether its requests may be joined.
+        had_s: the time that it has had, by its weight; see `splitlearn_manager.server.fairness`.
+    """
+
+    instance: ManagedModel
+    joins: bool
+    waiting: deque[Waiting] = field(default_factory=deque)
+    running: int = 0
+    had_s: float = 0.0
+
+    @property
+    def largest(self) -> int:
+        """The most rows of a batch."""
+        limit = self.instance.largest_batch
+        size = self.instance.config.batch_size
+        return size if limit is None else min(size, limit)
+
+    def ripe_s(self) -> float:
+        """When the first request has waited long enough for a batch to fill."""
+        first, delay_ms = self.waiting[0], self.instance.config.max_queue_delay_ms
+        if not delay_ms or not self.joins or sum(w.rows for w in self.waiting) >= self.largest:
+            return first.came_s
+        return first.came_s + delay_ms / 1000
+
+    def take(self) -> list[Waiting]:
+        """The next batch: the first request, and those that go with it, in their order."""
+        first = self.waiting.popleft()
+        batch, rows = [first], first.rows
+        if not self.joins or not rows or not self.waiting:
+            return batch
+        left: deque[Waiting] = deque()
+        while self.waiting:
+            other = self.waiting.popleft()
+            if not first.goes_with(other):
+                left.append(other)
+            elif rows + other.rows > self.largest:
+                # Those behind it must not overtake it.
+                left.append(other)
+                break
+            else:
+                batch.append(other)
+                rows += other.rows
+        left.extend(self.waiting)
+        self.waiting = left
+        return batch
+
+
+def queue_of(instance: ManagedModel) -> Queue:
+    """The queue of an instance, kept with it for as long as it lives."""
+    queue = instance.queue
+    if not isinstance(queue, Queue):
+        joins = instance.running is not None and instance.running.joins
+        queue = instance.queue = Queue(instance, joins)
+    return queue
