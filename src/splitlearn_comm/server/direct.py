@@ -46,6 +46,11 @@ _EXPECTED = {
     "_abort": ("state", "call", "code", "details"),
     "_possibly_finish_call": ("state", "token"),
     "_is_rpc_state_active": ("state",),
+    "_process_event_and_continue": ("state", "event"),
+    "_begin_shutdown_once": ("state",),
+    "_request_call": ("state",),
+    "_request_registered_call": ("state", "method"),
+    "_serve": ("state",),
     "_Context": ("rpc_event", "state", "request_deserializer"),
 }
 _EXPECTED_NAMES = (
@@ -54,6 +59,7 @@ _EXPECTED_NAMES = (
     "_OPEN",
     "_CLOSED",
     "_EMPTY_FLAGS",
+    "_ServerStage",
 )
 _NO_MESSAGE = b"the call ended without a message"
 

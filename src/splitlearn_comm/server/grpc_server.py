@@ -25,6 +25,8 @@ from google.protobuf.message import Message
 from splitlearn_comm.core.errors import ServerStartError
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server.direct import Call, DirectPool, Stream, Wire, available
+from splitlearn_comm.server.polling import Work
+from splitlearn_comm.server.polling import start as start_polling
 from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_comm.server.servicer import ComputeServicer
 from splitlearn_comm.server.streams import Streams
@@ -137,7 +139,9 @@ class NetworkServer:
         servicer: ComputeServicer,
         streams: Streams,
         pools: Sequence[BoundedPool],
+        work: Work | None,
     ) -> None:
+        self._work = work
         self.grpc_server = grpc_server
         self.port = port
         self._servicer = servicer
@@ -146,7 +150,10 @@ class NetworkServer:
 
     def start(self) -> None:
         """Begin to answer."""
-        self.grpc_server.start()
+        if self._work is None:
+            self.grpc_server.start()
+        else:
+            start_polling(self.grpc_server, self._work)
 
     def stop(self, grace_s: float = 5.0) -> bool:
         """Refuse new calls, end streams, wait for running calls, cancel what is left.
@@ -183,6 +190,7 @@ def build_server(
     max_message_length: int = DEFAULT_MAX_MESSAGE_LENGTH,
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Sequence[Interceptor] = (),
+    work: Work | None = None,
 ) -> NetworkServer:
     """Bind a server to `address` and register the compute service on it.
 
@@ -198,6 +206,7 @@ def build_server(
         max_message_length: bytes, each way.
         credentials: TLS; plain text without.
         interceptors: as for `grpc.server`.
+        work: what the polling thread runs between two looks for calls, where that is possible.
 
     Raises:
         ServerStartError: if the address cannot be listened on.
@@ -237,7 +246,7 @@ def build_server(
             f"cannot listen on {address}: the port is taken, or the address is not one of this "
             "machine; choose another port, or 0 for any free one"
         ) from error
-    return NetworkServer(server, port, servicer, opened, pools)
+    return NetworkServer(server, port, servicer, opened, pools, work if available() else None)
 
 
 def join_address(host: str, port: int) -> str:

@@ -13,6 +13,9 @@ instances so many forwards run as there are processors. A forward that has run f
 so that no slow or hanging model holds up another. Who comes next has had the least time, by the weight of
 its priority (`splitlearn_manager.server.fairness`).
 
+A batch that is expected to be short runs on the thread that polls for calls, if there is one (`polled_here`):
+waking another one would cost more. All others run on threads of the batcher's own.
+
 A queue is bounded by `max_queue`; what is more is refused at once. A request whose deadline has passed, or
 whose caller is gone, is dropped before its forward. The lock is held for microseconds, never in a forward.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from threading import get_ident
 from time import monotonic
 
 from splitlearn_comm.core.errors import ComputeError, NotReady, Overloaded
@@ -36,6 +40,14 @@ from splitlearn_manager.server.threads import ThreadPlan
 LENDS_S = 0.1
 """A forward that has run for so long no longer counts against the number of those that run at a time."""
 _NEVER_S = float("inf")
+SHORT_S = 0.015
+"""A batch that is expected to take no longer may run on the thread that polls for calls."""
+SHORT_IN_COMPANY_S = 0.002
+"""As `SHORT_S`, where requests of other instances may come meanwhile."""
+COMPANY_S = 1.0
+"""For so long after requests of several instances came, more of them are expected."""
+POLLER_BACK_S = 0.02
+"""The thread that polls is given so long to come to what it is expected to run; then another one does."""
 _SPARE_THREADS = 2
 """How many threads beyond those that compute are kept for later."""
 
@@ -44,11 +56,13 @@ class _Thread:
     """One that computes.
 
     Attributes:
+        polls: whether it is one that polls for calls, and not the batcher's own.
         wake: released when there may be something to do.
         until_s: while it is idle: when it looks by itself.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, polls: bool = False) -> None:
+        self.polls = polls
         self.until_s = _NEVER_S
         self.wake = threading.Lock()
         self.wake.acquire()
@@ -83,6 +97,11 @@ class Batcher:
         self._idle: list[_Thread] = []
         self._threads = 0
         self._began_s: dict[_Thread, float] = {}
+        self._poller: _Thread | None = None
+        self._poller_id = 0
+        self._polled_s = 0.0
+        self._asked_last = ""
+        self._mixed_s = -COMPANY_S
         self._least_s = 0.0
         self._stopped = False
 
@@ -105,16 +124,47 @@ class Batcher:
                     f"model {instance.model_id!r} has {limit} requests waiting, its max_queue; "
                     "try again later"
                 )
+            if instance.key != self._asked_last:
+                self._asked_last, self._mixed_s = instance.key, now
             if instance.key not in self._active:
                 # What it did not use while nobody asked is not owed to it.
                 queue.had_s = max(queue.had_s, self._least_s)
                 self._active[instance.key] = queue
             queue.waiting.append(Waiting(inference, lease, packed, now))
-            if self._wants(queue):
+            here = get_ident() == self._poller_id
+            if here:
+                self._polled_s = now
+            if self._wants(queue) and not (here and queue.is_short(self._short_s(now))):
                 if queue.ripe_s() <= now and self._places(now) > 0:
                     self._wake_one()
                 else:
                     self._see_to_time(now)
+
+    # The thread that polls, see `splitlearn_comm.server.polling.Work`.
+
+    def polled_here(self) -> None:
+        """Requests come by this thread from now on, and short batches may run on it."""
+        with self._lock:
+            self._poller = _Thread(polls=True)
+            self._poller_id = get_ident()
+
+    def waits_here(self) -> bool:
+        """Whether there is a short batch to run."""
+        if not self._active:
+            return False
+        with self._lock:
+            now = self._polled_s = self._clock()
+            return self._next(now, here=True) is not None
+
+    def run_here(self) -> None:
+        """Run a short batch, if there is one."""
+        with self._lock:
+            now = self._polled_s = self._clock()
+            queue, me = self._next(now, here=True), self._poller
+            if queue is None or me is None:
+                return
+            batch = self._take(queue, me, now)
+        self._run(queue, batch, me)
 
     def cut(self, key: str, why: ComputeError) -> int:
         """Refuse all requests that wait for the instance of that key; how many they were."""
@@ -151,12 +201,29 @@ class Batcher:
         lent = now - LENDS_S
         return self._plan.forwards - sum(began_s > lent for began_s in self._began_s.values())
 
-    def _next(self, now: float) -> Queue | None:
-        """The queue whose turn it is."""
+    def _next(self, now: float, *, here: bool = False) -> Queue | None:
+        """The queue whose turn it is, `here` on the thread that polls."""
         if self._places(now) <= 0:
             return None
-        ready = [q for q in self._active.values() if self._wants(q) and q.ripe_s() <= now]
+        ready = [
+            q
+            for q in self._active.values()
+            if self._wants(q)
+            and q.ripe_s() <= now
+            and (q.is_short(self._short_s(now)) if here else not self._is_for_poller(q, now))
+        ]
         return min(ready, key=lambda q: q.had_s, default=None)
+
+    def _short_s(self, now: float) -> float:
+        """How long a batch may take that keeps others from being noticed."""
+        return SHORT_S if now - self._mixed_s > COMPANY_S else SHORT_IN_COMPANY_S
+
+    def _is_for_poller(self, queue: Queue, now: float) -> bool:
+        """Whether the thread that polls will come to it at once."""
+        attends = self._poller is not None and self._poller not in self._began_s
+        return (
+            attends and now - self._polled_s < POLLER_BACK_S and queue.is_short(self._short_s(now))
+        )
 
     def _due_s(self, now: float) -> float:
         """When it may be somebody's turn though nothing happens meanwhile."""
@@ -165,7 +232,9 @@ class Batcher:
             return _NEVER_S
         lends = (at + LENDS_S for at in self._began_s.values() if at + LENDS_S > now)
         ripens = (at for q in wanting if (at := q.ripe_s()) > now)
-        return min((*lends, *ripens), default=_NEVER_S)
+        for_poller = any(self._is_for_poller(q, now) for q in wanting)
+        left = (self._polled_s + POLLER_BACK_S,) if for_poller else ()
+        return min((*lends, *ripens, *left), default=_NEVER_S)
 
     def _see_to_time(self, now: float) -> None:
         """Have a thread look again when that may be somebody's turn."""
@@ -175,7 +244,7 @@ class Batcher:
     def _wake_one(self) -> None:
         if self._idle:
             self._idle.pop().wake.release()
-        elif self._threads <= len(self._began_s):
+        elif self._threads <= sum(not thread.polls for thread in self._began_s):
             # All there are compute.
             self._threads += 1
             threading.Thread(target=self._work, name="compute", daemon=True).start()
@@ -239,6 +308,7 @@ class Batcher:
                 now = self._clock()
                 queue.running -= 1
                 del self._began_s[me]
+                queue.took(len(batch), now - began_s)
                 queue.had_s += (now - began_s) / weight_of(queue.instance.config.priority)
                 if not queue.waiting and not queue.running:
                     del self._active[queue.instance.key]

@@ -399,6 +399,7 @@ class ManagedServer:
                 ComputeServicer(self._backend, SystemMonitor(), inferences=self._backend),
                 join_address(self.config.host, self.config.port),
                 max_workers=self.config.max_workers,
+                work=self.batcher,
             )
         except ServerStartError as error:
             raise ServerError(f"port: {error}") from None

@@ -10,6 +10,8 @@ from splitlearn_comm.server.backend import Inference
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
 
+_WEIGHT_OF_LAST = 0.2
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Waiting:
@@ -38,6 +40,7 @@ class Queue:
     Attributes:
         running: forwards under way.
         joins: whether its requests may be joined.
+        request_s: what a request takes of a forward, in seconds, of late; None before the first.
         had_s: the time that it has had, by its weight; see `splitlearn_manager.server.fairness`.
     """
 
@@ -45,6 +48,7 @@ class Queue:
     joins: bool
     waiting: deque[Waiting] = field(default_factory=deque)
     running: int = 0
+    request_s: float | None = None
     had_s: float = 0.0
 
     @property
@@ -53,6 +57,21 @@ class Queue:
         limit = self.instance.largest_batch
         size = self.instance.config.batch_size
         return size if limit is None else min(size, limit)
+
+    def is_short(self, limit_s: float) -> bool:
+        """Whether the next batch computes where it is run, and is expected to take no longer than that."""
+        config = self.instance.config
+        if self.request_s is None or config.max_queue_delay_ms:
+            return False
+        requests = min(len(self.waiting), self.largest) if self.joins else 1
+        here = self.instance.device == "cpu" and config.runtime != "process"
+        return here and self.request_s * requests <= limit_s
+
+    def took(self, requests: int, seconds: float) -> None:
+        """Take note of a forward."""
+        each_s = seconds / max(1, requests)
+        known_s = each_s if self.request_s is None else self.request_s
+        self.request_s = known_s + _WEIGHT_OF_LAST * (each_s - known_s)
 
     def ripe_s(self) -> float:
         """When the first request has waited long enough for a batch to fill."""

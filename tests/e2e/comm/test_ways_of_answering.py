@@ -46,12 +46,53 @@ class Later:
         inference.answer("m", Output(inference.unpack(TensorCodec()).tensor() * 2).whole(), 1.0)
 
 
+class AsItComes(Later):
+    """Answers what it has taken on the thread that polls; may be held up in it.
+
+    Attributes:
+        begun_by, run_by: the threads that requests came by, and those that answered them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun_by: list[int] = []
+        self.run_by: list[int] = []
+        self.held = threading.Event()
+        self.holds = False
+        self.go_on = threading.Event()
+        self.polls_now = 0
+
+    def enter(self, model_id: str, inference: Inference) -> bool:
+        self.begun_by.append(threading.get_ident())
+        return super().enter(model_id, inference)
+
+    def polled_here(self) -> None:
+        self.polls_now = threading.get_ident()
+
+    def waits_here(self) -> bool:
+        return len(self.run_by) < len(self.taken)
+
+    def run_here(self) -> None:
+        number = len(self.run_by)
+        self.run_by.append(threading.get_ident())
+        if self.holds:
+            self.holds = False
+            self.held.set()
+            assert self.go_on.wait(PATIENCE_S), "nobody let it go on"
+        self.answer(number)
+
+
 class Lab:
-    def __init__(self, **options: int) -> None:
-        self.inferences = Later()
+    polls = False
+
+    def __init__(self, inferences: Later | None = None, **options: int) -> None:
+        self.inferences = inferences or Later()
         self.node = FakeNode({"m": Doubler(), "bad": Raising(ValueError("no"))})
         servicer = ComputeServicer(self.node, SystemMonitor(), inferences=self.inferences)
-        self.server = build_server(servicer, "127.0.0.1:0", **options)
+        work = self.inferences if isinstance(self.inferences, AsItComes) else None
+        if self.polls and work is None:
+            work = AsItComes()  # nothing ever waits in it
+        self.server = build_server(servicer, "127.0.0.1:0", work=work, **options)
         self.server.start()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.server.port}")
         self.stub = compute_pb2_grpc.ComputeServiceStub(self.channel)
@@ -64,10 +105,11 @@ class Lab:
         self.server.stop(0.1)
 
 
-@pytest.fixture(params=["taken over", "gRPC's own"])
+@pytest.fixture(params=["taken over", "own polling", "gRPC's own"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "gRPC's own":
         monkeypatch.setattr(wiring, "available", lambda: False)
+    monkeypatch.setattr(Lab, "polls", request.param == "own polling")
     return str(request.param)
 
 
@@ -117,6 +159,7 @@ def test_bytes_that_are_no_request_are_refused_and_the_server_goes_on(way: str) 
             raw(b"\x0a\xff\xff\xff\xff", timeout=PATIENCE_S)
         expected = {
             "taken over": grpc.StatusCode.INVALID_ARGUMENT,
+            "own polling": grpc.StatusCode.INVALID_ARGUMENT,
             "gRPC's own": grpc.StatusCode.INTERNAL,
         }
         assert caught.value.code() is expected[way]
@@ -192,3 +235,48 @@ def test_many_callers_at_once_are_all_answered(way: str) -> None:
         )
         assert list(answers) == [2.0 * v for v in range(200)]
         assert lab.server.stop(5.0)
+
+
+def test_what_waits_runs_on_the_thread_that_its_request_came_by() -> None:
+    work = AsItComes()
+    with Lab(work) as lab:
+        for value in range(5):
+            assert value_of(lab.stub.Compute(asking(value), timeout=PATIENCE_S)) == 2 * value
+        assert work.run_by == work.begun_by
+        assert set(work.run_by) == {work.polls_now}
+
+
+def test_work_that_takes_long_holds_up_nobody_else() -> None:
+    work = AsItComes()
+    with Lab(work) as lab:
+        assert value_of(lab.stub.Compute(asking(1), timeout=PATIENCE_S)) == 2
+        for _ in range(3):
+            work.holds = True
+            work.held.clear()
+            work.go_on.clear()
+            slow = lab.stub.Compute.future(asking(2), timeout=PATIENCE_S)
+            assert work.held.wait(PATIENCE_S)
+            held_up = work.run_by[-1]
+            assert value_of(lab.stub.Compute(asking(3), timeout=PATIENCE_S)) == 6
+            assert work.run_by[-1] != held_up
+            work.go_on.set()
+            assert value_of(slow.result()) == 4
+        assert value_of(lab.stub.Compute(asking(4), timeout=PATIENCE_S)) == 8
+        assert work.run_by[-1] == work.begun_by[-1] == work.polls_now
+
+
+def test_a_server_stops_while_work_holds_its_polling_thread() -> None:
+    work = AsItComes()
+    with Lab(work) as lab:
+        work.holds = True
+        slow = lab.stub.Compute.future(asking(2), timeout=PATIENCE_S)
+        assert work.held.wait(PATIENCE_S)
+        lab.server.stop(0.0)
+        with pytest.raises(grpc.RpcError):
+            slow.result()
+        work.go_on.set()
+
+
+def test_a_server_starts_once() -> None:
+    with Lab(AsItComes()) as lab, pytest.raises(ValueError, match="started before"):
+        lab.server.start()

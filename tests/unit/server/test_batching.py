@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 
 import pytest
 import torch
@@ -299,3 +300,46 @@ def test_leases_are_given_back_and_errors_counted() -> None:
     assert bad.ended.wait(PATIENCE_S)
     eventually(lambda: instance.in_flight == 0, "leases are given back")
     assert (instance.in_flight, instance.requests, instance.errors) == (0, 2, 1)
+
+
+def test_short_batches_run_on_the_thread_that_polls_and_others_do_not() -> None:
+    threads: list[int] = []
+
+    class Where(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            threads.append(threading.get_ident())
+            return x
+
+    me = threading.get_ident()
+    now = [0.0]
+    joined, instance = batcher(clock=lambda: now[0]), instance_of(Where())
+    joined.polled_here()
+    (unknown,) = ask(joined, instance, torch.ones(1, 4))
+    unknown.result()
+    assert threads[-1] != me
+    eventually(lambda: not joined._active, "the first batch is over")
+    now[0] += 10.0
+    short = ask(joined, instance, torch.ones(1, 4), torch.ones(2, 4))
+    assert joined.waits_here()
+    joined.run_here()
+    assert [tuple(one.result().shape) for one in short] == [(1, 4), (2, 4)]
+    assert threads[-1] == me
+    assert not joined.waits_here()
+    instance.queue.request_s = 1.0  # type: ignore[union-attr]
+    (long,) = ask(joined, instance, torch.ones(1, 4))
+    long.result()
+    assert threads[-1] != me
+
+
+def test_what_the_polling_thread_does_not_come_to_is_run_by_another() -> None:
+    joined, instance = batcher(), instance_of(mlp())
+    ask(joined, instance, torch.ones(1, 4))[0].result()
+    eventually(lambda: not joined._active, "the first batch is over")
+    joined.polled_here()
+    (waiting,) = ask(joined, instance, torch.ones(1, 4))
+    # It is left to this thread, which never comes back; other requests come by others.
+    other = threading.Thread(target=lambda: ask(joined, instance, torch.ones(1, 4))[0].result())
+    other.start()
+    waiting.result()
+    other.join(PATIENCE_S)
+    assert not other.is_alive()
