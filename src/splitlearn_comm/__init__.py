@@ -18,10 +18,11 @@ from splitlearn_comm._exports import lazy_exports
 
 if TYPE_CHECKING:
     from splitlearn_comm.client.async_client import AsyncGRPCComputeClient
-    from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError
+    from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError, UnsupportedByServer
     from splitlearn_comm.client.grpc_client import GRPCComputeClient
     from splitlearn_comm.client.retry import ExponentialBackoff, FixedDelay, RetryStrategy
-    from splitlearn_comm.core.codec import CompressedTensorCodec, TensorCodec
+    from splitlearn_comm.core.codec import CompressedTensorCodec, Int8Codec, TensorCodec
+    from splitlearn_comm.core.compression import Zlib, Zstd
     from splitlearn_comm.core.compute_function import ComputeFunction
     from splitlearn_comm.core.errors import (
         ComputeError,
@@ -55,6 +56,7 @@ __all__ = [
     "FixedDelay",
     "GRPCComputeClient",
     "GRPCComputeServer",
+    "Int8Codec",
     "InvalidRequest",
     "ModelComputeFunction",
     "NotReady",
@@ -68,6 +70,9 @@ __all__ = [
     "TensorCodec",
     "UnknownTarget",
     "Unsupported",
+    "UnsupportedByServer",
+    "Zlib",
+    "Zstd",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -76,10 +81,11 @@ __getattr__, __dir__ = lazy_exports(
         name: f"splitlearn_comm.{module}"
         for module, names in {
             "client.async_client": ("AsyncGRPCComputeClient",),
-            "client.errors": ("ClientClosed", "RemoteComputeError"),
+            "client.errors": ("ClientClosed", "RemoteComputeError", "UnsupportedByServer"),
             "client.grpc_client": ("GRPCComputeClient",),
             "client.retry": ("ExponentialBackoff", "FixedDelay", "RetryStrategy"),
-            "core.codec": ("CompressedTensorCodec", "TensorCodec"),
+            "core.codec": ("CompressedTensorCodec", "Int8Codec", "TensorCodec"),
+            "core.compression": ("Zlib", "Zstd"),
             "core.compute_function": ("ComputeFunction",),
             "core.errors": (
                 "ComputeError",

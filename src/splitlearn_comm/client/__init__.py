@@ -17,7 +17,7 @@ from splitlearn_comm._exports import lazy_exports
 
 if TYPE_CHECKING:
     from splitlearn_comm.client.async_client import AsyncGRPCComputeClient
-    from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError
+    from splitlearn_comm.client.errors import ClientClosed, RemoteComputeError, UnsupportedByServer
     from splitlearn_comm.client.grpc_client import GRPCComputeClient
     from splitlearn_comm.client.messages import MonitoringData, ServiceDescription
     from splitlearn_comm.client.retry import ExponentialBackoff, FixedDelay, RetryStrategy
@@ -35,6 +35,7 @@ __all__ = [
     "ServiceDescription",
     "Statistics",
     "Timing",
+    "UnsupportedByServer",
 ]
 
 __getattr__, __dir__ = lazy_exports(
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazy_exports(
         name: f"{__name__}.{module}"
         for module, names in {
             "async_client": ("AsyncGRPCComputeClient",),
-            "errors": ("ClientClosed", "RemoteComputeError"),
+            "errors": ("ClientClosed", "RemoteComputeError", "UnsupportedByServer"),
             "grpc_client": ("GRPCComputeClient",),
             "messages": ("MonitoringData", "ServiceDescription"),
             "retry": ("ExponentialBackoff", "FixedDelay", "RetryStrategy"),

@@ -2,7 +2,8 @@
 
     SplitlearnCommError
     ├── RemoteComputeError   (also grpc.RpcError, RuntimeError)   the call failed, and no try is left
-    └── ClientClosed         (also RuntimeError)                  the client was used after close()
+    ├── ClientClosed         (also RuntimeError)                  the client was used after close()
+    └── UnsupportedByServer  (also RuntimeError)                  the server does not know an extension
 
 Code written for version 1.0 that catches `grpc.RpcError` or `RuntimeError` goes on working.
 """
@@ -42,3 +43,7 @@ class RemoteComputeError(SplitlearnCommError, grpc.RpcError, RuntimeError):
 
 class ClientClosed(SplitlearnCommError, RuntimeError):
     """The client was used after `close()`; `connect()` opens it again."""
+
+
+class UnsupportedByServer(SplitlearnCommError, RuntimeError):
+    """The client was made for something that this server does not know; nothing was sent."""

@@ -19,6 +19,7 @@ from types import TracebackType
 import grpc
 import torch
 
+from splitlearn_comm.client.carriage import Carriage
 from splitlearn_comm.client.channel import ComputeChannel
 from splitlearn_comm.client.errors import RemoteComputeError
 from splitlearn_comm.client.messages import (
@@ -32,7 +33,7 @@ from splitlearn_comm.client.requests import RequestStream
 from splitlearn_comm.client.retry import FINAL_STATUSES, ExponentialBackoff, RetryStrategy
 from splitlearn_comm.client.statistics import CallStatistics, Statistics, Timing, timing
 from splitlearn_comm.core import frames
-from splitlearn_comm.core.codec import TensorCodec, dtype_name
+from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.compute_function import KeyValues
 from splitlearn_comm.core.messages import decode_cache, encode_cache
 from splitlearn_comm.protocol import compute_pb2
@@ -51,8 +52,10 @@ class GRPCComputeClient:
         max_message_length: bytes, each way.
         retry_strategy: three attempts, 1 s and 2 s apart, unless given.
         codec: how tensors travel; plain float32 unless given. Must be the server's for the model.
-        announce_dtype: tell the server the codec's dtype in each request, so that it need not be configured
-            for it. Only for servers that know this extension, and for the floating-point dtypes.
+        announce_dtype: tell the server the codec's dtype and compression in each request, so that it need
+            not be configured for them. Only for servers that know this extension.
+        shared_memory: send tensors of 64 KiB or more through files in shared memory instead of the
+            connection. Only for a server of the same user on this machine, at a `unix:PATH`.
         credentials: TLS; plain text without.
         metadata: sent with every call, `[("authorization", "Bearer …")]` for instance.
         sleep: waits the seconds it is given, between attempts.
@@ -68,6 +71,7 @@ class GRPCComputeClient:
         codec: TensorCodec | None = None,
         *,
         announce_dtype: bool = False,
+        shared_memory: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
         metadata: Sequence[tuple[str, str]] = (),
         sleep: Callable[[float], None] = time.sleep,
@@ -76,7 +80,16 @@ class GRPCComputeClient:
         self.server_address = server_address
         self.timeout = timeout
         self._codec = codec or TensorCodec()
-        self._announced = {"dtype": dtype_name(self._codec.dtype)} if announce_dtype else {}
+        if shared_memory and not server_address.startswith("unix:"):
+            raise ValueError(
+                f"shared_memory: only at a Unix socket (unix:PATH), not at {server_address!r}"
+            )
+        self._carriage = Carriage(
+            self._codec,
+            announces=announce_dtype,
+            shared=shared_memory,
+            known=lambda: self._info().custom_info,
+        )
         self._clock = clock
         self._statistics = CallStatistics()
         self._last_load: compute_pb2.MonitoringSnapshot | None = None
@@ -126,6 +139,7 @@ class GRPCComputeClient:
         if stream is not None:
             stream.close()
         self._channel.close()
+        self._carriage.close()
 
     def __enter__(self) -> GRPCComputeClient:
         self.connect()
@@ -180,10 +194,14 @@ class GRPCComputeClient:
         """
         started_s = self._clock()
         timeout_s = self.timeout if timeout is None else timeout
-        request, data = self._plain(tensor, model_id)
+        self._carriage.check_server()
+        load = self._carriage.load(tensor)
+        request = compute_pb2.ComputeRequest(
+            shape=load.shape, model_id=model_id or "", metadata=load.metadata
+        )
 
         def call() -> bytes:
-            request.data = bytes(data)
+            request.data = bytes(load.data)
             response = self._channel.call(
                 "Compute",
                 request,
@@ -195,17 +213,19 @@ class GRPCComputeClient:
 
         answer: Future[torch.Tensor] = Future()
         stream = self._requests()
-        asked = stream.ask(frames.parts(data, request.SerializeToString()), timeout_s, call)
+        asked = stream.ask(frames.parts(load.data, request.SerializeToString()), timeout_s, call)
 
         def answered(asked: Future[tuple[compute_pb2.ComputeResponse, frames.Bytes]]) -> None:
             if asked.cancelled() or not answer.set_running_or_notify_cancel():
+                load.give_up()
                 return
             try:
                 response, received = asked.result()
-                output = self._codec.decode(received, response.shape)
+                output = load.unload(response, received)
                 self._note_load(response)
                 self._recorded(started_s, response.compute_time_ms)
             except BaseException as error:
+                load.give_up()
                 answer.set_exception(error)
             else:
                 answer.set_result(output)
@@ -258,16 +278,6 @@ class GRPCComputeClient:
                 raise
         return self.compute(tensor, model_id)
 
-    def _plain(
-        self, tensor: torch.Tensor, model_id: str | None
-    ) -> tuple[compute_pb2.ComputeRequest, bytes]:
-        """A request without its data, and these."""
-        data, shape = encode_exactly(tensor, self._codec)
-        request = compute_pb2.ComputeRequest(
-            shape=shape, model_id=model_id or "", metadata=self._announced
-        )
-        return request, data
-
     def _requests(self) -> RequestStream:
         with self._stream_lock:
             if self._stream is None:
@@ -306,9 +316,13 @@ class GRPCComputeClient:
             asked for or the model has no cache.
         """
         started_s = self._clock()
-        data, shape = encode_exactly(tensor, self._codec)
+        self._carriage.check_server()
+        load = self._carriage.load(tensor)
         request = compute_pb2.ComputeRequest(
-            data=data, shape=shape, model_id=model_id or "", metadata=self._announced
+            data=bytes(load.data),
+            shape=load.shape,
+            model_id=model_id or "",
+            metadata=load.metadata,
         )
         if training_mode:
             request.training_mode = True
@@ -317,14 +331,17 @@ class GRPCComputeClient:
         if use_cache:
             request.use_cache = True
         request.past_key_values.extend(encode_cache(past_key_values or (), self._codec))
-        response = self._channel.call(
-            "Compute",
-            request,
-            compute_pb2.ComputeResponse,
-            timeout_s=self.timeout,
-            retry=not training_mode,
-        )
-        output = self._codec.decode(response.data, response.shape)
+        try:
+            response = self._channel.call(
+                "Compute",
+                request,
+                compute_pb2.ComputeResponse,
+                timeout_s=self.timeout,
+                retry=not training_mode,
+            )
+            output = load.unload(response, response.data)
+        finally:
+            load.give_up()
         present = decode_cache(response.present_key_values, self._codec)
         self._note_load(response)
         spent = self._recorded(started_s, response.compute_time_ms)
@@ -356,7 +373,7 @@ class GRPCComputeClient:
         started_s = self._clock()
         data, shape = encode_exactly(grad_output, self._codec)
         request = compute_pb2.BackwardRequest(
-            grad_output_data=data, grad_output_shape=shape, forward_id=forward_id
+            grad_output_data=bytes(data), grad_output_shape=shape, forward_id=forward_id
         )
         if model_id is not None:
             request.model_id = model_id
@@ -388,13 +405,7 @@ class GRPCComputeClient:
     def get_service_info(self) -> ServiceDescription | None:
         """Return what the server says of itself, None if it cannot be reached."""
         try:
-            info = self._channel.call(
-                "GetServiceInfo",
-                compute_pb2.ServiceInfoRequest(),
-                compute_pb2.ServiceInfoResponse,
-                timeout_s=self.timeout,
-                retry=True,
-            )
+            info = self._info()
         except RemoteComputeError as error:
             _log.warning("server=%s rpc=GetServiceInfo %s", self.server_address, error)
             return None
@@ -431,6 +442,15 @@ class GRPCComputeClient:
         for answer in answers:
             self._last_load = answer.snapshot
             yield monitoring_data(answer.snapshot)
+
+    def _info(self) -> compute_pb2.ServiceInfoResponse:
+        return self._channel.call(
+            "GetServiceInfo",
+            compute_pb2.ServiceInfoRequest(),
+            compute_pb2.ServiceInfoResponse,
+            timeout_s=self.timeout,
+            retry=True,
+        )
 
     def _health(self) -> compute_pb2.HealthResponse | None:
         try:

@@ -46,14 +46,24 @@ def service_description(info: compute_pb2.ServiceInfoResponse) -> ServiceDescrip
     )
 
 
-def encode_exactly(tensor: torch.Tensor, codec: TensorCodec) -> tuple[bytes, list[int]]:
+def encode_exactly(
+    tensor: torch.Tensor, codec: TensorCodec, *, copies: bool = True
+) -> tuple[bytes | memoryview, list[int]]:
     """Encode a tensor whose integers, if it has any, must arrive as they are.
 
+    Args:
+        copies: False to be given a view, where the tensor's own memory holds those bytes.
+
     Raises:
-        ValueError: if integers cannot be held exactly by the codec's dtype.
+        ValueError: if integers would not arrive exactly.
         TypeError: as `TensorCodec.encode`.
     """
-    data, shape = codec.encode(tensor)
+    data, shape = codec.encode(tensor) if copies else codec.view(tensor)
+    if not tensor.is_floating_point() and not codec.exact:
+        raise ValueError(
+            f"the tensor has integers, which do not arrive as they are as {codec.wire_dtype}; "
+            "send them with another codec"
+        )
     if not tensor.is_floating_point() and codec.dtype.is_floating_point:
         sent = tensor.to(codec.dtype)
         if not torch.equal(sent.to(tensor.dtype), tensor):

@@ -1,7 +1,9 @@
 """What user code subclasses and what turns tensors into bytes; knows no gRPC.
 
 errors            why a request gets no answer
-codec             tensors ↔ bytes
+codec, packed     tensors ↔ bytes
+compression       smaller bytes
+shared_memory     bytes beside the call, on one machine
 compute_function  the base class of what a server runs
 model_function    an nn.Module as a compute function
 model_input, training, locks   its parts: what it takes, kept graphs and steps, the weights' lock
@@ -15,7 +17,8 @@ from typing import TYPE_CHECKING
 from splitlearn_comm._exports import lazy_exports
 
 if TYPE_CHECKING:
-    from splitlearn_comm.core.codec import CompressedTensorCodec, TensorCodec
+    from splitlearn_comm.core.codec import CompressedTensorCodec, Int8Codec, TensorCodec
+    from splitlearn_comm.core.compression import Zlib, Zstd
     from splitlearn_comm.core.compute_function import Computed, ComputeFunction, KeyValues, invoke
     from splitlearn_comm.core.errors import (
         ComputeError,
@@ -41,6 +44,7 @@ __all__ = [
     "Computed",
     "DeadlinePassed",
     "InputRule",
+    "Int8Codec",
     "InvalidRequest",
     "KeyValues",
     "ModelComputeFunction",
@@ -52,6 +56,8 @@ __all__ = [
     "TensorCodec",
     "UnknownTarget",
     "Unsupported",
+    "Zlib",
+    "Zstd",
     "input_rule",
     "invoke",
 ]
@@ -61,7 +67,8 @@ __getattr__, __dir__ = lazy_exports(
     {
         name: f"{__name__}.{module}"
         for module, names in {
-            "codec": ("CompressedTensorCodec", "TensorCodec"),
+            "codec": ("CompressedTensorCodec", "Int8Codec", "TensorCodec"),
+            "compression": ("Zlib", "Zstd"),
             "compute_function": ("ComputeFunction", "Computed", "KeyValues", "invoke"),
             "errors": (
                 "ComputeError",

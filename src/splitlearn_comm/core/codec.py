@@ -13,12 +13,14 @@ Codecs hold no state and may be shared by threads.
 
 from __future__ import annotations
 
+import copy
 import math
-import zlib
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from splitlearn_comm.core.compression import Compression, TooMuch, Zlib
 from splitlearn_comm.core.errors import InvalidRequest
 from splitlearn_comm.core.packed import Packed
 
@@ -60,23 +62,54 @@ class TensorCodec:
     Args:
         dtype: the dtype on the wire: float16, bfloat16, float32, float64, int8, int16, int32, int64,
             uint8 or bool. Both ends of a connection must use the same.
+        compression: what makes the bytes smaller, the same at both ends; None for nothing.
+        max_decoded_bytes: the largest tensor that is expanded. A message of 100 MiB may expand to a
+            thousand times as much, and its shape is the sender's claim.
 
     Raises:
         ValueError: for any other dtype.
     """
 
-    plain = True
-    """Whether what travels is the tensor's own memory, so that rows of it are bytes of it."""
+    exact = True
+    """Whether every value of the dtype arrives as it is."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        *,
+        compression: Compression | None = None,
+        max_decoded_bytes: int = DEFAULT_MAX_DECODED_BYTES,
+    ) -> None:
         if dtype not in _DTYPES:
             names = ", ".join(dtype_name(known) for known in _DTYPES)
             raise ValueError(f"a tensor cannot be sent as {dtype}; the codec knows {names}")
         self.dtype = dtype
+        self.compression = compression
+        self.max_decoded_bytes = max_decoded_bytes
+
+    @property
+    def plain(self) -> bool:
+        """Whether what travels is the tensor's own memory, so that rows of it are bytes of it."""
+        return self.compression is None
+
+    @property
+    def wire_dtype(self) -> str:
+        """What a request announces of it under the key `dtype`."""
+        return dtype_name(self.dtype)
 
     def with_dtype(self, dtype: torch.dtype) -> TensorCodec:
         """Return the same kind of codec for another dtype."""
-        return TensorCodec(dtype)
+        return self._alike(TensorCodec(dtype))
+
+    def with_int8(self) -> TensorCodec:
+        """Return the same kind of codec that sends a byte for each value, see `Int8Codec`."""
+        return self._alike(Int8Codec())
+
+    def with_compression(self, compression: Compression | None) -> TensorCodec:
+        """Return the codec with another compression, or none."""
+        other = copy.copy(self)
+        other.compression = compression
+        return other
 
     def encode(self, tensor: torch.Tensor) -> tuple[bytes, list[int]]:
         """Return the tensor's bytes, converted to this codec's dtype, and its shape.
@@ -98,22 +131,9 @@ class TensorCodec:
                 f"cannot send a {tensor.layout} tensor of {tensor.dtype}; "
                 "expected a dense tensor of real numbers"
             )
-        plain = tensor
-        if not self._is_plain(tensor):
-            plain = tensor.detach().to("cpu", self.dtype).contiguous().resolve_neg()
-        # Through uint8, because numpy has no bfloat16; flattened, because a scalar has no bytes to view.
-        raw = plain.view(-1).view(torch.uint8).numpy().data
-        return self._pack(raw), list(tensor.shape)
-
-    def _is_plain(self, tensor: torch.Tensor) -> bool:
-        """Whether its memory is what travels."""
-        return (
-            tensor.dtype is self.dtype
-            and tensor.is_cpu
-            and tensor.is_contiguous()
-            and not tensor.requires_grad
-            and not tensor.is_neg()
-        )
+        raw = self._raw(tensor)
+        packed = raw if self.compression is None else self.compression.compress(raw)
+        return packed, list(tensor.shape)
 
     def decode(self, data: bytes | memoryview, shape: Sequence[int]) -> torch.Tensor:
         """Return a CPU tensor of `shape` and this codec's dtype that may be written to.
@@ -130,22 +150,97 @@ class TensorCodec:
     def unpack(self, data: bytes | memoryview, shape: Sequence[int]) -> Packed:
         """As `decode`, for a tensor that is made later."""
         dims = checked_shape(shape)
-        expected = math.prod(dims) * self.dtype.itemsize
-        raw = self._unpack(data, expected, dims)
-        if len(raw) != expected:
-            raise InvalidRequest(
-                f"shape {list(dims)} of {dtype_name(self.dtype)} needs {expected} bytes, "
-                f"but the message carries {len(raw)}"
-            )
+        expected = self._bytes(dims)
+        needs = f"shape {list(dims)} of {self.wire_dtype} needs {expected} bytes"
+        if self.compression is not None:
+            if max(expected, math.prod(dims) * self.dtype.itemsize) > self.max_decoded_bytes:
+                raise InvalidRequest(
+                    f"{needs}; compressed tensors of at most {self.max_decoded_bytes} are accepted"
+                )
+            try:
+                data = self.compression.expand(data, expected)
+            except TooMuch:
+                raise InvalidRequest(f"{needs}, but the message inflates to more") from None
+        if len(data) != expected:
+            raise InvalidRequest(f"{needs}, but the message carries {len(data)}")
+        return self._packed(data, dims)
+
+    # What a way of writing numbers has of its own.
+
+    def _raw(self, tensor: torch.Tensor) -> memoryview:
+        """The bytes of a tensor."""
+        plain = tensor
+        if not self._is_plain(tensor):
+            plain = tensor.detach().to("cpu", self.dtype).contiguous().resolve_neg()
+        # Through uint8, because numpy has no bfloat16; flattened, because a scalar has no bytes to view.
+        return plain.view(-1).view(torch.uint8).numpy().data
+
+    def _bytes(self, dims: tuple[int, ...]) -> int:
+        """How many bytes a tensor has."""
+        return math.prod(dims) * self.dtype.itemsize
+
+    def _packed(self, raw: bytes | memoryview, dims: tuple[int, ...]) -> Packed:
+        """A tensor's bytes in this codec's dtype."""
         return Packed(raw, dims, self.dtype)
 
-    def _pack(self, raw: memoryview) -> bytes | memoryview:
-        return raw
+    def _is_plain(self, tensor: torch.Tensor) -> bool:
+        """Whether its memory is what travels."""
+        return (
+            tensor.dtype is self.dtype
+            and tensor.is_cpu
+            and tensor.is_contiguous()
+            and not tensor.requires_grad
+            and not tensor.is_neg()
+        )
 
-    def _unpack(
-        self, data: bytes | memoryview, expected: int, dims: tuple[int, ...]
-    ) -> bytes | memoryview:
-        return data
+    def _alike(self, other: TensorCodec) -> TensorCodec:
+        other.compression, other.max_decoded_bytes = self.compression, self.max_decoded_bytes
+        return other
+
+
+class Int8Codec(TensorCodec):
+    """A byte for each value, and a scale for each vector along the last dimension; decodes to float32.
+
+    On the wire: the values, int8, in the tensor's order; behind them one float32 for each vector. A value is
+    its byte times its vector's scale, which is the largest magnitude of the vector over 127. A vector with a
+    value that is not finite arrives as NaN.
+    """
+
+    exact = False
+    plain = False
+    wire_dtype = "int8"
+
+    def __init__(self, *, compression: Compression | None = None) -> None:
+        super().__init__(torch.float32, compression=compression)
+
+    def _raw(self, tensor: torch.Tensor) -> memoryview:
+        values = tensor.detach().to("cpu", torch.float32).reshape(-1, _vector(tuple(tensor.shape)))
+        scales = values.abs().amax(1, keepdim=True) / 127 if values.numel() else values[:, :1]
+        scales = torch.where(scales.isfinite(), scales, torch.nan)
+        # Zeros are zeros with any scale; a byte for what is not finite may be any.
+        whole = (values / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-127, 127)
+        coded = whole.nan_to_num_().to(torch.int8)
+        both = torch.cat(
+            [coded.reshape(-1).view(torch.uint8), scales.reshape(-1).view(torch.uint8)]
+        )
+        return both.numpy().data
+
+    def _bytes(self, dims: tuple[int, ...]) -> int:
+        values = math.prod(dims)
+        return values + 4 * (values // _vector(dims))
+
+    def _packed(self, raw: bytes | memoryview, dims: tuple[int, ...]) -> Packed:
+        values = math.prod(dims)
+        if not values:
+            return Packed(b"", dims, self.dtype)
+        coded = np.frombuffer(raw, np.int8, values).reshape(-1, _vector(dims))
+        scales = np.frombuffer(raw, "<f4", offset=values)[:, None]
+        return Packed(memoryview((coded * scales).reshape(-1)).cast("B"), dims, self.dtype)
+
+
+def _vector(dims: tuple[int, ...]) -> int:
+    """The size of the last dimension; 1 for a scalar, and where there are no values."""
+    return max(1, dims[-1]) if dims else 1
 
 
 class CompressedTensorCodec(TensorCodec):
@@ -153,12 +248,8 @@ class CompressedTensorCodec(TensorCodec):
 
     Args:
         level: zlib's level, 0 (store) to 9 (smallest).
-        dtype: as for `TensorCodec`.
-        max_decoded_bytes: the largest tensor that is inflated. A message of 100 MiB may inflate to a
-            thousand times as much, and its shape is the sender's claim.
+        dtype, max_decoded_bytes: as for `TensorCodec`.
     """
-
-    plain = False
 
     def __init__(
         self,
@@ -167,45 +258,7 @@ class CompressedTensorCodec(TensorCodec):
         *,
         max_decoded_bytes: int = DEFAULT_MAX_DECODED_BYTES,
     ) -> None:
-        super().__init__(dtype)
-        if not 0 <= level <= 9:
-            raise ValueError(f"level: expected 0 to 9, got {level}")
-        self.level = level
-        self.max_decoded_bytes = max_decoded_bytes
-
-    def with_dtype(self, dtype: torch.dtype) -> CompressedTensorCodec:
-        """Return a compressing codec of the same level for another dtype."""
-        return CompressedTensorCodec(self.level, dtype, max_decoded_bytes=self.max_decoded_bytes)
-
-    def _pack(self, raw: memoryview) -> bytes:
-        return zlib.compress(raw, self.level)
-
-    def _unpack(self, data: bytes | memoryview, expected: int, dims: tuple[int, ...]) -> bytes:
-        if expected > self.max_decoded_bytes:
-            raise InvalidRequest(
-                f"shape {list(dims)} of {dtype_name(self.dtype)} needs {expected} bytes; "
-                f"compressed tensors of at most {self.max_decoded_bytes} are accepted"
-            )
-        inflater = zlib.decompressobj()
-        try:
-            # One byte more than the shape allows tells an exact fit from an overflow; 0 would mean no limit.
-            raw = inflater.decompress(data, expected + 1)
-        except zlib.error as error:
-            raise InvalidRequest(f"the tensor's bytes are not zlib data: {error}") from error
-        if len(raw) > expected:
-            raise InvalidRequest(
-                f"shape {list(dims)} of {dtype_name(self.dtype)} needs {expected} bytes, "
-                "but the message inflates to more"
-            )
-        if not inflater.eof:
-            raise InvalidRequest(
-                f"the compressed tensor is cut short: {len(raw)} of {expected} bytes"
-            )
-        if inflater.unused_data:
-            raise InvalidRequest(
-                f"{len(inflater.unused_data)} bytes follow the end of the compressed tensor"
-            )
-        return raw
+        super().__init__(dtype, compression=Zlib(level), max_decoded_bytes=max_decoded_bytes)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -76,7 +76,7 @@ class ComputeRequest(_message.Message):
     def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., request_id: _Optional[int] = ..., metadata: _Optional[_Mapping[str, str]] = ..., model_id: _Optional[str] = ..., forward_id: _Optional[str] = ..., training_mode: bool = ..., past_key_values: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ..., use_cache: bool = ...) -> None: ...
 
 class ComputeResponse(_message.Message):
-    __slots__ = ("data", "shape", "request_id", "compute_time_ms", "monitoring_data", "forward_id", "present_key_values")
+    __slots__ = ("data", "shape", "request_id", "compute_time_ms", "monitoring_data", "forward_id", "present_key_values", "shared_bytes")
     DATA_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
@@ -84,6 +84,7 @@ class ComputeResponse(_message.Message):
     MONITORING_DATA_FIELD_NUMBER: _ClassVar[int]
     FORWARD_ID_FIELD_NUMBER: _ClassVar[int]
     PRESENT_KEY_VALUES_FIELD_NUMBER: _ClassVar[int]
+    SHARED_BYTES_FIELD_NUMBER: _ClassVar[int]
     data: bytes
     shape: _containers.RepeatedScalarFieldContainer[int]
     request_id: int
@@ -91,7 +92,8 @@ class ComputeResponse(_message.Message):
     monitoring_data: MonitoringSnapshot
     forward_id: str
     present_key_values: _containers.RepeatedCompositeFieldContainer[KVCacheEntry]
-    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., request_id: _Optional[int] = ..., compute_time_ms: _Optional[float] = ..., monitoring_data: _Optional[_Union[MonitoringSnapshot, _Mapping]] = ..., forward_id: _Optional[str] = ..., present_key_values: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ...) -> None: ...
+    shared_bytes: int
+    def __init__(self, data: _Optional[bytes] = ..., shape: _Optional[_Iterable[int]] = ..., request_id: _Optional[int] = ..., compute_time_ms: _Optional[float] = ..., monitoring_data: _Optional[_Union[MonitoringSnapshot, _Mapping]] = ..., forward_id: _Optional[str] = ..., present_key_values: _Optional[_Iterable[_Union[KVCacheEntry, _Mapping]]] = ..., shared_bytes: _Optional[int] = ...) -> None: ...
 
 class MonitoringSnapshot(_message.Message):
     __slots__ = ("timestamp", "cpu_percent", "memory_mb", "memory_percent", "gpu_available", "gpu_utilization", "gpu_memory_used_mb", "gpu_memory_total_mb")

@@ -3,6 +3,8 @@
 compute_server   GRPCComputeServer: one function on one port
 backend          ComputeBackend: what a servicer serves
 servicer         the rpcs; messages and statuses translate for it
+addresses        where a server listens
+polling          the thread that polls, and runs what is short
 grpc_server      threads, bounds and the listening socket
 monitoring       the machine's load
 """
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from splitlearn_comm._exports import lazy_exports
 
 if TYPE_CHECKING:
+    from splitlearn_comm.server.addresses import join_address
     from splitlearn_comm.server.backend import (
         ComputeBackend,
         Health,
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
         SingleFunctionBackend,
     )
     from splitlearn_comm.server.compute_server import GRPCComputeServer
-    from splitlearn_comm.server.grpc_server import NetworkServer, build_server, join_address
+    from splitlearn_comm.server.grpc_server import NetworkServer, build_server
     from splitlearn_comm.server.monitoring import GpuLoad, LoadMonitor, LoadSnapshot, SystemMonitor
     from splitlearn_comm.server.servicer import ComputeServicer
 
@@ -56,7 +59,8 @@ __getattr__, __dir__ = lazy_exports(
                 "SingleFunctionBackend",
             ),
             "compute_server": ("GRPCComputeServer",),
-            "grpc_server": ("NetworkServer", "build_server", "join_address"),
+            "addresses": ("join_address",),
+            "grpc_server": ("NetworkServer", "build_server"),
             "monitoring": ("GpuLoad", "LoadMonitor", "LoadSnapshot", "SystemMonitor"),
             "servicer": ("ComputeServicer",),
         }.items()

@@ -15,6 +15,7 @@ import grpc
 
 from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.compute_function import ComputeFunction
+from splitlearn_comm.server.addresses import join_address
 from splitlearn_comm.server.backend import SingleFunctionBackend
 from splitlearn_comm.server.grpc_server import (
     DEFAULT_MAX_MESSAGE_LENGTH,
@@ -23,7 +24,6 @@ from splitlearn_comm.server.grpc_server import (
     Interceptor,
     NetworkServer,
     build_server,
-    join_address,
 )
 from splitlearn_comm.server.monitoring import LoadMonitor, SystemMonitor
 from splitlearn_comm.server.servicer import ComputeServicer

@@ -75,6 +75,10 @@ class Call(Protocol):
         """Whether somebody waits for the answer."""
         ...
 
+    def peer(self) -> str:
+        """Who calls, as gRPC writes it: `ipv4:…`, `ipv6:…` or `unix:…`."""
+        ...
+
     def send(self, *response: Bytes) -> None:
         """Answer with an encoded message, given in parts."""
         ...
@@ -196,6 +200,9 @@ class UnaryCall:
 
         return bool(_server._is_rpc_state_active(self._state))
 
+    def peer(self) -> str:
+        return str(self._context().peer())
+
     def send(self, *response: Bytes) -> None:
         from grpc import _server
 
@@ -260,6 +267,10 @@ class Wire(Protocol):
         """Whether somebody is there."""
         ...
 
+    def peer(self) -> str:
+        """Who calls, see `Call`."""
+        ...
+
     def write(self, frame: bytes) -> None:
         """Send a message, after those that were written before; from any thread."""
         ...
@@ -312,6 +323,11 @@ class DirectStream:
         from grpc import _server
 
         return bool(_server._is_rpc_state_active(self._state))
+
+    def peer(self) -> str:
+        from grpc import _server
+
+        return str(_server._Context(self._event, self._state, None).peer())
 
     def read_on(self) -> None:
         from grpc import _server

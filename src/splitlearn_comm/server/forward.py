@@ -115,6 +115,9 @@ class WaitingCall:
     def active(self) -> bool:
         return bool(self._context.is_active())
 
+    def peer(self) -> str:
+        return str(self._context.peer())
+
     def send(self, *response: Bytes) -> None:
         self._response = b"".join(response)
         self._ended.set()
@@ -124,7 +127,9 @@ class WaitingCall:
         self._ended.set()
 
     def run(self, handle: Callable[..., object], request: object) -> None:
-        raise AssertionError("it has a thread already")
+        response = handle(request, self._context)
+        assert isinstance(response, bytes)
+        self.send(response)
 
     def answer(self) -> bytes:
         """Wait for the answer, and give it; a refusal ends the call."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 import grpc
@@ -24,6 +25,7 @@ from google.protobuf.message import Message
 
 from splitlearn_comm.core.errors import ServerStartError
 from splitlearn_comm.protocol import compute_pb2
+from splitlearn_comm.server.addresses import bind, bind_socket, remove_socket
 from splitlearn_comm.server.direct import Call, DirectPool, Stream, Wire, available
 from splitlearn_comm.server.polling import Work
 from splitlearn_comm.server.polling import start as start_polling
@@ -140,8 +142,10 @@ class NetworkServer:
         streams: Streams,
         pools: Sequence[BoundedPool],
         work: Work | None,
+        unix_socket: Path | None,
     ) -> None:
         self._work = work
+        self._unix_socket = unix_socket
         self.grpc_server = grpc_server
         self.port = port
         self._servicer = servicer
@@ -169,6 +173,8 @@ class NetworkServer:
         self._servicer.end_streams()
         self._streams.stop()
         self.grpc_server.stop(grace_s).wait()
+        if self._unix_socket is not None:
+            remove_socket(self._unix_socket)
         idle = True
         for pool in self._pools:
             idle = pool.wait_idle(_LAST_HANDLERS_S) and idle
@@ -191,6 +197,7 @@ def build_server(
     credentials: grpc.ServerCredentials | None = None,
     interceptors: Sequence[Interceptor] = (),
     work: Work | None = None,
+    unix_socket: Path | None = None,
 ) -> NetworkServer:
     """Bind a server to `address` and register the compute service on it.
 
@@ -206,6 +213,7 @@ def build_server(
         max_message_length: bytes, each way.
         credentials: TLS; plain text without.
         interceptors: as for `grpc.server`.
+        unix_socket: also listen there, in plain text, for the user of this process alone.
         work: what the polling thread runs between two looks for calls, where that is possible.
 
     Raises:
@@ -234,24 +242,16 @@ def build_server(
         (_Routes(_routes(servicer, opened, compute, compute_streams, streams, control), refusals),)
     )
     try:
-        port = (
-            server.add_insecure_port(address)
-            if credentials is None
-            else server.add_secure_port(address, credentials)
-        )
-    except RuntimeError as error:
+        port = bind(server, address, credentials)
+        if unix_socket is not None:
+            bind_socket(server, unix_socket)
+    except ServerStartError:
         for pool in pools:
             pool.shutdown(wait=False)
-        raise ServerStartError(
-            f"cannot listen on {address}: the port is taken, or the address is not one of this "
-            "machine; choose another port, or 0 for any free one"
-        ) from error
-    return NetworkServer(server, port, servicer, opened, pools, work if available() else None)
-
-
-def join_address(host: str, port: int) -> str:
-    """Return `host:port`, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+        raise
+    return NetworkServer(
+        server, port, servicer, opened, pools, work if available() else None, unix_socket
+    )
 
 
 def _routes(

@@ -27,7 +27,7 @@ from typing import NoReturn, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 
-from splitlearn_comm.core import frames
+from splitlearn_comm.core import frames, shared_memory
 from splitlearn_comm.core.codec import TensorCodec, checked_shape
 from splitlearn_comm.core.compute_function import Computed, invoke, on_cpu
 from splitlearn_comm.core.errors import ComputeError, ComputeFailed, DeadlinePassed, InvalidRequest
@@ -40,7 +40,13 @@ from splitlearn_comm.server.backend import ComputeBackend, Inferences, Opened
 from splitlearn_comm.server.direct import Call as DirectCall
 from splitlearn_comm.server.forward import NO_DEADLINE_S, Forward, WaitingCall
 from splitlearn_comm.server.forwards import ForwardTarget, ForwardTargets
-from splitlearn_comm.server.messages import codec_for, interval_s, snapshot_message
+from splitlearn_comm.server.messages import (
+    EXTENSIONS_KEY,
+    codec_for,
+    extensions,
+    interval_s,
+    snapshot_message,
+)
 from splitlearn_comm.server.monitoring import LoadMonitor, LoadSnapshot
 from splitlearn_comm.server.statuses import details_of, from_model_error, status_of
 
@@ -88,6 +94,7 @@ class ComputeServicer:
         monitor: gives the machine's load.
         clock: gives the time in seconds, for durations and uptime.
         inferences: takes plain forwards over, if there is something that does.
+        max_shared_bytes: the largest tensor that is taken from shared memory.
     """
 
     def __init__(
@@ -96,9 +103,11 @@ class ComputeServicer:
         monitor: LoadMonitor,
         clock: Callable[[], float] = time.monotonic,
         inferences: Inferences | None = None,
+        max_shared_bytes: int = 100 * 1024 * 1024,
     ) -> None:
         self._backend = backend
         self._inferences = inferences
+        self._max_shared_bytes = max_shared_bytes
         self._load: tuple[LoadSnapshot | None, bytes] = (None, b"")
         self._monitor = monitor
         self._clock = clock
@@ -114,9 +123,8 @@ class ComputeServicer:
     def Compute(self, request: compute_pb2.ComputeRequest, context: grpc.ServicerContext) -> bytes:
         """Run a model on one tensor; gives an encoded ComputeResponse."""
         waits = WaitingCall(context)
-        if self._taken_over(request, request.data, waits, self._begun()):
-            return waits.answer()
-        return self._computed(request, request.data, context)
+        self.begin(request, request.data, waits)
+        return waits.answer()
 
     def ComputeBackward(
         self, request: compute_pb2.BackwardRequest, context: grpc.ServicerContext
@@ -143,6 +151,12 @@ class ComputeServicer:
             data: the tensor's bytes.
         """
         started_s = self._begun()
+        if shared_memory.KEY in request.metadata:
+            try:
+                data = self._shared(request, data, call.peer())
+            except ComputeError as error:
+                call.refuse(*self.refused(request.model_id, error, started_s))
+                return
         if not self._taken_over(request, data, call, started_s):
             call.run(lambda request, context: self._computed(request, data, context), request)
 
@@ -178,7 +192,7 @@ class ComputeServicer:
             device=info.device,
             uptime_seconds=self.uptime_s(),
             total_requests=self.total_requests,
-            custom_info=dict(info.custom_info),
+            custom_info={**info.custom_info, EXTENSIONS_KEY: " ".join(extensions())},
         )
 
     def StreamMonitoring(
@@ -231,6 +245,17 @@ class ComputeServicer:
         with self._state:
             self._total_requests += 1
         return self._clock()
+
+    def _shared(self, request: compute_pb2.ComputeRequest, data: Bytes, peer: str) -> Bytes:
+        """The tensor's bytes, from where the request says they are."""
+        if not peer.startswith("unix:"):
+            raise InvalidRequest(
+                f'metadata["{shared_memory.KEY}"]: only for calls over a Unix socket, and this one '
+                f"came from {peer}"
+            )
+        if len(data):
+            raise InvalidRequest(f'metadata["{shared_memory.KEY}"]: the message has data as well')
+        return shared_memory.read(request.metadata[shared_memory.KEY], self._max_shared_bytes)
 
     def _taken_over(
         self,
@@ -349,6 +374,9 @@ class ComputeServicer:
     ) -> tuple[Bytes, ...]:
         """The response's bytes in parts, with what every response has added to `response`."""
         data, shape = output.view(codec)
+        if shared_memory.KEY in request.metadata:
+            response.shared_bytes = shared_memory.write(request.metadata[shared_memory.KEY], data)
+            data = b""
         response.shape.extend(shape)
         response.compute_time_ms = computed_ms
         if request.HasField("request_id"):

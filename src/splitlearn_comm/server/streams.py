@@ -181,6 +181,9 @@ class StreamedCall:
     def active(self) -> bool:
         return not self._withdrawn and self._stream.wire.active()
 
+    def peer(self) -> str:
+        return self._stream.wire.peer()
+
     def withdraw(self) -> None:
         """Nobody waits for it any more."""
         self._withdrawn = True
@@ -231,6 +234,7 @@ class _StreamedContext:
     def __init__(self, call: StreamedCall) -> None:
         self.time_remaining = call.remaining_s
         self.is_active = call.active
+        self.peer = call.peer
 
     def abort(self, status: grpc.StatusCode, details: str) -> NoReturn:
         raise _Aborted(status, details)
@@ -251,6 +255,9 @@ class _QueuedWire:
 
     def active(self) -> bool:
         return bool(self._context.is_active())
+
+    def peer(self) -> str:
+        return str(self._context.peer())
 
     def write(self, frame: bytes) -> None:
         self._out.put(frame)

@@ -117,6 +117,9 @@ class ServerConfig(BaseModel):
     """Address to listen on. 0.0.0.0 listens on all of the machine's addresses."""
     port: Port = 50051
     """Port of the gRPC service; 0 lets the system choose one."""
+    unix_socket: Annotated[Text, BeforeValidator(_path_as_text)] | None = None
+    """Also listen on a Unix socket at this path, for clients of the same user on this machine (`unix:PATH`);
+    relative to this file."""
     max_workers: Count = 10
     """Threads for requests that wait for a model, train it, or use its key/value cache; and the most forwards
     at a time of one model whose requests are not joined into batches."""
@@ -166,10 +169,18 @@ class ServerConfig(BaseModel):
     @property
     def resolved_state_dir(self) -> Path | None:
         """`state_dir` as an absolute path, relative to the file that it stands in; None without it."""
-        if self.state_dir is None:
+        return self._resolved(self.state_dir)
+
+    @property
+    def resolved_unix_socket(self) -> Path | None:
+        """`unix_socket` as an absolute path, relative to the file that it stands in; None without it."""
+        return self._resolved(self.unix_socket)
+
+    def _resolved(self, path: str | None) -> Path | None:
+        if path is None:
             return None
         base = self._base_dir or Path.cwd()
-        return Path(os.path.abspath(base / os.path.expanduser(self.state_dir)))
+        return Path(os.path.abspath(base / os.path.expanduser(path)))
 
     def with_base_dir(self, path: str | os.PathLike[str] | None) -> Self:
         """The same config, with a relative `state_dir` starting from `path`."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from splitlearn_comm.core.errors import NotReady, ServerStartError
-from splitlearn_comm.server.grpc_server import NetworkServer, build_server, join_address
+from splitlearn_comm.server.addresses import join_address
+from splitlearn_comm.server.grpc_server import NetworkServer, build_server
 from splitlearn_comm.server.monitoring import SystemMonitor
 from splitlearn_comm.server.servicer import ComputeServicer
 from splitlearn_manager.config.model_config import ModelConfig
@@ -394,15 +395,18 @@ class ManagedServer:
             observe=self._feed.after_request,
             observe_wait=self._feed.after_wait,
         )
+        socket = self.config.resolved_unix_socket
         try:
             network = build_server(
                 ComputeServicer(self._backend, SystemMonitor(), inferences=self._backend),
                 join_address(self.config.host, self.config.port),
                 max_workers=self.config.max_workers,
                 work=self.batcher,
+                unix_socket=socket,
             )
         except ServerStartError as error:
-            raise ServerError(f"port: {error}") from None
+            key = "unix_socket" if socket is not None and str(socket) in str(error) else "port"
+            raise ServerError(f"{key}: {error}") from None
         self._grpc_health.register(network.grpc_server)
         enable_reflection(network.grpc_server)
         return network

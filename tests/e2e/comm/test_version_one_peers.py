@@ -103,6 +103,8 @@ class TestTheirClientAtOurServer:
         uptime_s = info.pop("uptime_seconds")
         assert isinstance(uptime_s, float)
         assert uptime_s > 0
+        # Ours beside what the function says; a text to them.
+        assert "dtype:float16" in info["custom_info"].pop("extensions")
         assert info == {
             "service_name": "Doubler",
             "version": "1.7",

@@ -10,7 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitlearn_comm.core import CompressedTensorCodec, InvalidRequest, TensorCodec
+from splitlearn_comm.core import (
+    CompressedTensorCodec,
+    Int8Codec,
+    InvalidRequest,
+    TensorCodec,
+    Zlib,
+    Zstd,
+)
 
 DTYPES = [
     torch.float16,
@@ -24,7 +31,13 @@ DTYPES = [
     torch.uint8,
     torch.bool,
 ]
-CODECS = {"plain": TensorCodec(), "compressed": CompressedTensorCodec()}
+CODECS = {
+    "plain": TensorCodec(),
+    "compressed": CompressedTensorCodec(),
+    "zstd": TensorCodec(compression=Zstd()),
+    "int8": Int8Codec(),
+    "int8, zstd": Int8Codec(compression=Zstd()),
+}
 
 shapes = st.lists(st.integers(0, 5), max_size=5)
 
@@ -36,6 +49,8 @@ def test_what_is_encoded_comes_back(
     shape: list[int], dtype: torch.dtype, seed: int, level: int
 ) -> None:
     codec = TensorCodec(dtype) if level < 0 else CompressedTensorCodec(level, dtype)
+    if level > 6:
+        codec = TensorCodec(dtype, compression=Zstd(level))
     values = torch.randint(0, 2, shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
     data, wire_shape = codec.encode(values)
     back = codec.decode(data, wire_shape)
@@ -187,3 +202,77 @@ def test_codec_of_unknown_dtype_or_level_is_refused() -> None:
         TensorCodec(torch.complex64)
     with pytest.raises(ValueError, match="0 to 9"):
         CompressedTensorCodec(level=10)
+
+
+@given(
+    shape=shapes,
+    magnitude=st.sampled_from([1e-30, 1e-3, 1.0, 300.0, 1e30]),
+    seed=st.integers(0, 1000),
+    compressed=st.booleans(),
+)
+def test_int8_is_off_by_at_most_half_a_step_of_its_vector(
+    shape: list[int], magnitude: float, seed: int, compressed: bool
+) -> None:
+    """Found by: one scale for the whole tensor instead of one for each vector."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(shape, generator=generator) * magnitude
+    if values.dim():
+        values = values * torch.logspace(-3, 3, shape[0]).reshape(-1, *[1] * (values.dim() - 1))
+    codec = Int8Codec(compression=Zstd() if compressed else None)
+    back = codec.decode(*codec.encode(values))
+    assert back.shape == values.shape
+    assert back.dtype is torch.float32
+    if values.numel():
+        step = values.abs().reshape(-1, shape[-1] if shape else 1).amax(1, keepdim=True) / 127
+        off = (back - values).abs().reshape(step.shape[0], -1)
+        assert bool((off <= step * 0.5001 + 1e-38).all())
+
+
+def test_int8_sends_a_byte_a_value_and_a_scale_a_vector() -> None:
+    data, shape = Int8Codec().encode(torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
+    assert shape == [2, 3]
+    assert len(data) == 6 + 2 * 4
+    assert data[:3] == bytes([64, 256 - 127, 32])
+
+
+def test_a_vector_that_is_not_finite_arrives_as_nan_and_others_as_they_are() -> None:
+    values = torch.tensor([[1.0, float("inf")], [float("nan"), 2.0], [127.0, -127.0]])
+    back = Int8Codec().decode(*Int8Codec().encode(values))
+    assert back[:2].isnan().all()
+    assert torch.equal(back[2], values[2])
+
+
+@pytest.mark.parametrize("compression", [Zlib(), Zstd()], ids=["zlib", "zstd"])
+def test_compressed_data_is_not_trusted_about_its_size(compression: Zlib | Zstd) -> None:
+    codec = TensorCodec(compression=compression)
+    large = compression.compress(memoryview(bytes(1 << 26)))
+    assert len(large) < 1 << 17
+    with pytest.raises(InvalidRequest, match="inflates to more"):
+        codec.decode(large, [2])
+    with pytest.raises(InvalidRequest, match="at most 1073741824 are accepted"):
+        codec.decode(large, [1 << 30])
+    small = compression.compress(memoryview(bytes(8)))
+    with pytest.raises(InvalidRequest, match="carries 8"):
+        codec.decode(small, [3])
+    for damaged in (small[:-2], small + b"x", b"", b"no such data"):
+        with pytest.raises(InvalidRequest):
+            codec.decode(damaged, [2])
+
+
+def test_zstandard_without_a_size_in_its_frame_is_read_as_far_as_expected() -> None:
+    import zstandard
+
+    def streamed(raw: bytes) -> bytes:
+        press = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+        return press.compress(raw) + press.flush()
+
+    codec = TensorCodec(compression=Zstd())
+    assert torch.equal(codec.decode(streamed(bytes(8)), [2]), torch.zeros(2))
+    with pytest.raises(InvalidRequest):
+        codec.decode(streamed(bytes(1 << 20)), [2])
+
+
+@pytest.mark.parametrize("make", [lambda: Zlib(10), lambda: Zstd(0), lambda: Zstd(20)])
+def test_levels_that_do_not_exist_are_refused(make: object) -> None:
+    with pytest.raises(ValueError, match="level: expected"):
+        make()  # type: ignore[operator]

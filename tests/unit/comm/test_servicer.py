@@ -268,7 +268,8 @@ def test_every_request_is_counted_and_observed_once() -> None:
     info = service.GetServiceInfo(compute_pb2.ServiceInfoRequest(), FakeContext())
     assert info.total_requests == 4
     assert (info.service_name, info.version, info.device) == ("node", "9.9", "cpu")
-    assert dict(info.custom_info) == {"models": "m,bad"}
+    assert info.custom_info["models"] == "m,bad"
+    assert "dtype:int8" in info.custom_info["extensions"].split()
 
 
 def test_health_says_what_the_backend_says() -> None:

@@ -20,6 +20,7 @@ def test_defaults_are_those_of_the_contract() -> None:
     assert ServerConfig().model_dump() == {
         "host": "127.0.0.1",
         "port": 50051,
+        "unix_socket": None,
         "max_workers": 10,
         "max_models": 5,
         "metrics_port": 8000,
@@ -67,6 +68,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         ("model_id", "a", "model_id: expected no such key here: it belongs in a model's own file"),
         ("prune_guard_percent", 0, "prune_guard_percent: expected a number > 0, got 0"),
         ("prune_guard_percent", 101, "prune_guard_percent: expected a number ≤ 100, got 101"),
+        ("unix_socket", 5, "unix_socket: expected text, got 5"),
         ("state_dir", 5, "state_dir: expected text, got 5"),
     ],
 )

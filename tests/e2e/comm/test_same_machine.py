@@ -1,0 +1,215 @@
+"""Clients on the server's own machine: a Unix socket, shared memory; and what requests may announce."""
+
+from __future__ import annotations
+
+import socket
+import stat
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+
+from splitlearn_comm import (
+    GRPCComputeClient,
+    Int8Codec,
+    RemoteComputeError,
+    ServerStartError,
+    TensorCodec,
+    UnsupportedByServer,
+    Zstd,
+)
+from splitlearn_comm.core import shared_memory
+from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
+from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server
+from splitlearn_comm.server import grpc_server as wiring
+from splitlearn_comm.server.backend import ServiceInfo
+from support.comm_backend import FakeNode
+from support.comm_models import Doubler, Raising
+
+
+def files() -> set[Path]:
+    return set(shared_memory.DIRECTORY.glob("splitlearn-*"))
+
+
+class Place:
+    """A server at a port and a socket."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.node = FakeNode({"m": Doubler(), "bad": Raising(ValueError("no"))})
+        servicer = ComputeServicer(self.node, SystemMonitor())
+        self.server = build_server(servicer, "127.0.0.1:0", unix_socket=path)
+        self.server.start()
+        self.at_socket = f"unix:{path}"
+        self.at_port = f"127.0.0.1:{self.server.port}"
+
+
+@pytest.fixture(params=["taken over", "gRPC's own"])
+def place(
+    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Place]:
+    if request.param == "gRPC's own":
+        monkeypatch.setattr(wiring, "available", lambda: False)
+    made = Place(tmp_path / "node.sock")
+    yield made
+    made.server.stop(0.1)
+    assert not made.path.exists()
+
+
+def test_the_socket_is_for_its_own_user_and_answers_like_the_port(place: Place) -> None:
+    mode = place.path.stat().st_mode
+    assert stat.S_ISSOCK(mode)
+    assert stat.S_IMODE(mode) & 0o077 == 0
+    for address in (place.at_socket, place.at_port):
+        with GRPCComputeClient(address) as client:
+            assert torch.equal(client.compute(torch.ones(2, 2), "m"), torch.full((2, 2), 2.0))
+
+
+def test_a_socket_that_nobody_uses_is_replaced_and_one_in_use_is_not(tmp_path: Path) -> None:
+    path = tmp_path / "node.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
+        left.bind(str(path))
+    first = Place(path)
+    with pytest.raises(ServerStartError, match="another process listens there"):
+        Place(path)
+    with GRPCComputeClient(first.at_socket) as client:
+        assert client.health_check()
+    first.server.stop(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("file", "a file that is no socket"),
+        ("gone/x.sock", "does not exist"),
+        ("x" * 120, "103 bytes"),
+    ],
+)
+def test_a_socket_that_cannot_be_is_refused_in_plain_words(
+    tmp_path: Path, name: str, why: str
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ServerStartError, match=why):
+        Place(tmp_path / name)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("codec", [TensorCodec(), Int8Codec(), TensorCodec(compression=Zstd())])
+@pytest.mark.parametrize("shape", [[2, 3], [0, 4], [], [300, 1000]], ids=str)
+def test_shared_memory_gives_the_same_answers(
+    place: Place, shape: list[int], codec: TensorCodec
+) -> None:
+    before = files()
+    tensor = torch.randn(shape)
+    options = {"codec": codec, "announce_dtype": True}
+    with (
+        GRPCComputeClient(place.at_port, **options) as plain,
+        GRPCComputeClient(place.at_socket, shared_memory=True, **options) as shared,
+    ):
+        expected = plain.compute(tensor, "m")
+        assert torch.equal(shared.compute(tensor, "m"), expected)
+        assert torch.equal(shared.compute_async(tensor, "m").result(20), expected)
+        assert all(torch.equal(x, expected) for x in shared.compute_many([tensor] * 40, "m"))
+        assert len(files() - before) <= 16
+    assert files() == before
+
+
+def test_many_threads_share_no_file(place: Place) -> None:
+    with (
+        GRPCComputeClient(place.at_socket, shared_memory=True) as client,
+        ThreadPoolExecutor(8) as pool,
+    ):
+
+        def right(value: int) -> bool:
+            tensor = torch.full((256, 256), float(value))
+            return torch.equal(client.compute(tensor, "m"), tensor * 2)
+
+        assert all(pool.map(right, range(200)))
+
+
+def test_files_of_requests_that_failed_are_not_used_again(place: Place) -> None:
+    before = files()
+    with GRPCComputeClient(place.at_socket, shared_memory=True) as client:
+        with pytest.raises(RemoteComputeError):
+            client.compute(torch.ones(1 << 16), "gone")
+        assert files() == before
+        failed = client.compute_async(torch.ones(1 << 16), "gone")
+        with pytest.raises(RemoteComputeError):
+            failed.result(20)
+        assert files() == before
+
+
+def test_shared_memory_is_refused_over_a_port_and_where_it_makes_no_sense(
+    place: Place, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="only at a Unix socket"):
+        GRPCComputeClient(place.at_port, shared_memory=True)
+    file = shared_memory.SharedFile()
+    foreign = shared_memory.DIRECTORY / "splitlearn-of-somebody"
+    link = shared_memory.DIRECTORY / f"splitlearn-{'0' * 32}"
+    try:
+        said = file.put(bytes(8))
+        link.symlink_to(tmp_path / "secret")
+        (tmp_path / "secret").write_bytes(bytes(64))
+        wrong = {
+            f"{file.name}:16": "has 8 bytes, not 16",
+            f"{file.name}:1{'0' * 12}": "are accepted",
+            f"splitlearn-{'f' * 32}:8": "No such file",
+            f"{link.name}:8": "symbolic link",
+            f"{foreign.name}:8": "expected NAME:BYTES",
+            "../../etc/passwd:8": "expected NAME:BYTES",
+            "": "expected NAME:BYTES",
+        }
+        for address, value, why in [
+            (place.at_port, said, "only for calls over a Unix socket"),
+            *((place.at_socket, value, why) for value, why in wrong.items()),
+        ]:
+            with grpc.insecure_channel(address) as channel:
+                request = compute_pb2.ComputeRequest(
+                    shape=[2], model_id="m", metadata={shared_memory.KEY: value}
+                )
+                with pytest.raises(grpc.RpcError, match=why) as caught:
+                    compute_pb2_grpc.ComputeServiceStub(channel).Compute(request, timeout=20)
+                assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    finally:
+        link.unlink()
+        file.close()
+
+
+def test_a_server_that_does_not_know_what_is_announced_is_sent_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitlearn_comm.server.servicer.extensions", lambda: ("dtype:float16",))
+    place.node.service_info = lambda: ServiceInfo("old", "cpu")  # type: ignore[method-assign]
+    with GRPCComputeClient(place.at_port, codec=Int8Codec(), announce_dtype=True) as client:
+        with pytest.raises(UnsupportedByServer, match="does not know dtype:int8"):
+            client.compute(torch.ones(2), "m")
+        with pytest.raises(UnsupportedByServer):
+            client.compute_async(torch.ones(2), "m")
+    assert not place.node.observed
+    half = TensorCodec(torch.float16)
+    with GRPCComputeClient(place.at_port, codec=half, announce_dtype=True) as client:
+        assert client.compute(torch.ones(2), "m").dtype is torch.float16
+
+
+def test_what_nobody_knows_is_the_callers_mistake(place: Place) -> None:
+    data, shape = TensorCodec().encode(torch.ones(2))
+    with grpc.insecure_channel(place.at_port) as channel:
+        for key in ("dtype", "compression"):
+            request = compute_pb2.ComputeRequest(
+                data=data, shape=shape, model_id="m", metadata={key: "lzma"}
+            )
+            with pytest.raises(grpc.RpcError, match=f'"{key}".*got .lzma') as caught:
+                compute_pb2_grpc.ComputeServiceStub(channel).Compute(request, timeout=20)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_integers_are_not_sent_as_int8(place: Place) -> None:
+    with (
+        GRPCComputeClient(place.at_port, codec=Int8Codec(), announce_dtype=True) as client,
+        pytest.raises(ValueError, match="do not arrive as they are"),
+    ):
+        client.compute(torch.arange(4), "m")
