@@ -12,6 +12,10 @@
     │       ├── InvalidModel                        the files are no model this loader can read
     │       ├── UntrustedCheckpoint                 loading would run code from the file
     │       ├── OverMemoryLimit                     larger than its own max_memory_mb
+    │       ├── InvalidGolden                       the file of `verify.golden` is none
+    │       ├── GoldenMismatch                      it does not answer as that file says
+    │       ├── NotFinite                           it answers with infinities or NaN
+    │       ├── AnswersDiffer                       from the version before, by more than max_difference
     │       ├── CannotOptimize                      not this model, or not on this machine
     │       └── OptimizedAnswersDiffer              by more than its own optimize_tolerance
     ├── AdmissionError                              no room on this node at the moment
@@ -107,6 +111,22 @@ class CannotOptimize(TerminalLoadError):
 
 class OptimizedAnswersDiffer(TerminalLoadError):
     """The optimized model's answers differ from the plain one's by more than `optimize_tolerance`."""
+
+
+class InvalidGolden(TerminalLoadError):
+    """The file of `verify.golden` cannot be read, or has not the tensors that it should have."""
+
+
+class GoldenMismatch(TerminalLoadError):
+    """The model does not answer as the file of `verify.golden` says."""
+
+
+class NotFinite(TerminalLoadError):
+    """The model answers with values that are not finite, and the version before it did not."""
+
+
+class AnswersDiffer(TerminalLoadError):
+    """The model's answers differ from the version before by more than `verify.max_difference`."""
 
 
 class AdmissionError(SplitlearnError):

@@ -168,6 +168,9 @@ class Running:
 
     joins = False
 
+    def example(self) -> None:
+        return None
+
     def find_joining(self) -> Joining:
         return Joining(False, "not tried")
 

@@ -111,6 +111,7 @@ def _beside(directory: Path, recorder: _Recorder) -> None:
     recorder.type("suspend", "mlp")
     recorder.type("resume", "mlp")
     recorder.type("retry", "ranker")
+    recorder.type("golden", "mlp")
     (directory / "gpt2.yaml").unlink()
     declare(directory, "mlp", config=constant(1.0), priority=2)
     recorder.type("wait", "--for", "synced", "mlp")

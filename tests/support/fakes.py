@@ -78,6 +78,9 @@ class FakeRunning:
     def when_ended(self, tell: object) -> None:
         pass
 
+    def example(self) -> None:
+        return None
+
     def find_joining(self) -> Joining:
         return Joining(False, "not tried")
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -167,6 +168,45 @@ def retry(
     Exit code 0: told, 2: no node, no such model, or refused.
     """
     _tell(find_node(directory, server_config), "retry", model_id, output)
+
+
+def golden(
+    model_id: ModelId,
+    directory: Directory = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "-f", "--file", help="Where to; MODEL_ID.golden.safetensors in DIR unless given."
+        ),
+    ] = None,
+    inputs: Annotated[
+        Path | None,
+        typer.Option(
+            "-i", "--inputs", help="A .safetensors or .npz file with the inputs to ask the model."
+        ),
+    ] = None,
+    server_config: ServerFile = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Record answers of the version that serves, for `verify:` to hold later versions against.
+
+    Without inputs of your own the model is asked one like those that it was warmed up with.
+
+    Exit code 0: recorded, 2: no node, no such model, or it could not be recorded.
+    """
+    node = find_node(directory, server_config)
+    target = file or node.directory / f"{model_id}.golden.safetensors"
+    answer = node.ask(
+        "golden",
+        model_id=model_id,
+        file=str(target.absolute()),
+        inputs=None if inputs is None else str(inputs.absolute()),
+    )
+    if output is not Output.TABLE:
+        print_data(answer, output)
+        return
+    print(answer.get("message"))
+    print(f"in the model's file, relative to it:\nverify:\n  golden: {target.name}")
 
 
 def models_in(answer: dict[str, object]) -> list[dict[str, object]]:

@@ -12,6 +12,7 @@ from splitlearn_manager.cli.directory_commands import once, plan, run, schema, v
 from splitlearn_manager.cli.node_commands import (
     events,
     explain,
+    golden,
     history,
     resume,
     retry,
@@ -34,6 +35,7 @@ COMMANDS = (
     suspend,
     resume,
     retry,
+    golden,
     schema,
 )
 

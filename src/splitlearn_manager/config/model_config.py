@@ -49,6 +49,7 @@ from splitlearn_manager.config.mistakes import Path as KeyPath
 from splitlearn_manager.config.mistakes import expectation, printable
 from splitlearn_manager.config.model_path import parse_model_path
 from splitlearn_manager.config.not_yet import MODEL_NOT_YET, refuse_not_yet
+from splitlearn_manager.config.verify import Verify
 
 IN_PLACE_KEYS = frozenset(
     {
@@ -142,7 +143,7 @@ class ModelConfig(BaseModel):
     """How many requests may wait; further ones are answered RESOURCE_EXHAUSTED."""
     keep_alive_s: Seconds | None = None
     """Idle seconds after which the model is parked until a request asks for it. null: never."""
-    verify: dict[str, JsonValue] | None = None
+    verify: Verify | None = None
     """What a new version must show before it serves."""
     rollout: dict[str, JsonValue] | None = None
     """How a new version takes over its traffic step by step."""
@@ -226,10 +227,18 @@ class ModelConfig(BaseModel):
     def resolved_model_path(self) -> str:
         """`model_path` with files as absolute paths; factories, `package:` and `hf:` as written."""
         parsed = parse_model_path(self.model_path, self.model_type)
-        if parsed.kind != "path":
-            return self.model_path
+        return self.resolved_path(self.model_path) if parsed.kind == "path" else self.model_path
+
+    @property
+    def golden_path(self) -> Path | None:
+        """The file of `verify.golden`, absolute; None without one."""
+        golden = self.verify.golden if self.verify is not None else None
+        return None if golden is None else Path(self.resolved_path(golden))
+
+    def resolved_path(self, path: str) -> str:
+        """A path as it stands in the file, absolute."""
         base = self.base_dir or Path.cwd()
-        return os.path.abspath(base / os.path.expanduser(self.model_path))
+        return os.path.abspath(base / os.path.expanduser(path))
 
     def spec_hash(self) -> str:
         """Hex SHA-256 of what the config means: equal whatever the file's layout or key order."""
@@ -243,6 +252,9 @@ class ModelConfig(BaseModel):
         # Defaults are left out, so that a later version's new key changes no hash of an old file.
         values: dict[str, JsonValue] = self.model_dump(mode="json", exclude_defaults=True)
         values["model_path"] = self.resolved_model_path
+        if self.verify is not None and (golden := self.golden_path) is not None:
+            said = self.verify.model_dump(mode="json", exclude_defaults=True)
+            values["verify"] = {**said, "golden": str(golden)}
         if self.effective_endpoint == self.model_id:
             values.pop("endpoint", None)
         return values

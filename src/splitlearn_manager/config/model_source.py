@@ -48,6 +48,7 @@ class ModelSource:
         commit: of kind hub: the commit that the cached snapshot has; None while it is not cached.
         written: model_path as the config has it, for messages.
         base_dir: the absolute directory that relative paths start from.
+        golden: the file of `verify.golden`, absolute; None without one.
     """
 
     kind: SourceKind
@@ -60,6 +61,7 @@ class ModelSource:
     commit: str | None = None
     written: str = ""
     base_dir: Path = Path("/")
+    golden: Path | None = None
 
 
 def resolve_source(config: ModelConfig, fs: FileSystem | None = None) -> ModelSource:
@@ -86,6 +88,7 @@ def resolve_source(config: ModelConfig, fs: FileSystem | None = None) -> ModelSo
         commit=commit,
         written=config.model_path,
         base_dir=base_dir,
+        golden=config.golden_path,
     )
 
 
@@ -144,7 +147,7 @@ def weights_files(source: ModelSource, fs: FileSystem | None = None) -> tuple[st
 
 def fingerprint(source: ModelSource, fs: FileSystem | None = None) -> str:
     """Hex digest that changes whenever somebody writes to, replaces, adds or removes a weights
-    file.
+    file, or the golden one.
 
     Symlinks are followed, so that a swapped link counts as the change that it is. For the hub it
     covers the repository and the revision only: downloading what was not cached is no change.
@@ -159,7 +162,17 @@ def fingerprint(source: ModelSource, fs: FileSystem | None = None) -> str:
     for path, stat in _weights(source, fs or RealFileSystem()):
         name = os.path.relpath(path, root) if root else os.path.basename(path)
         digest.update(f"{name}\0{stat.fingerprint}\0".encode("utf-8", "surrogateescape"))
+    if source.golden is not None:
+        digest.update(f"golden\0{_golden(source.golden, fs or RealFileSystem())}\0".encode())
     return digest.hexdigest()
+
+
+def _golden(path: Path, fs: FileSystem) -> object:
+    """The fingerprint of a golden file: another one means that the version is to be verified again."""
+    try:
+        return fs.stat(str(path)).fingerprint
+    except OSError as error:
+        raise WeightsNotFound(f"verify.golden: {path}: {error.strerror or error}") from None
 
 
 def estimate_mb(source: ModelSource, config: ModelConfig, fs: FileSystem | None = None) -> Estimate:

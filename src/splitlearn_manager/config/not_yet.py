@@ -26,7 +26,6 @@ class NotYet:
 
 
 MODEL_NOT_YET: Mapping[str, NotYet] = {
-    "verify": NotYet((None,), "check a new version against golden answers"),
     "rollout": NotYet((None,), "roll a new version out step by step"),
 }
 

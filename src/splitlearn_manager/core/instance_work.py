@@ -135,7 +135,9 @@ class InstanceWork:
         """The work of one load; runs beside everything else."""
         running: RunningModel | None = None
         try:
-            spec, running = self._reader.read(instance.spec, instance.device)
+            read = self._reader.read(instance.spec, instance.device)
+            spec, running = read.spec, read.running
+            instance.verified = read.notes
             try:
                 measured = self._reader.measured(spec)
                 old = self._instances.ready(instance, running, spec, measured)
@@ -162,7 +164,8 @@ class InstanceWork:
             self._discard(instance, running)
         else:
             took = self._clock.now() - instance.loading_since_s
-            notes = "".join(f"; {note}" for note in running.notes)
+            notes = "".join(f"; {note}" for note in instance.notes)
+            self._reader.served(read)
             takes = _takes(running, measured, spec.config)
             message = f"{takes} on {instance.device} in {took:.2f} s{notes}"
             self.report(EventKind.LOADED, instance, "Loaded", message)

@@ -33,6 +33,7 @@ class ManagedModel:
         measured: all that its load measured, and what was estimated before; None until then.
         queue: what the side that serves keeps with it; not looked at here.
         held: it takes no new requests for the time being, because others wait for its room.
+        verified: what was found of its answers before it served, a sentence each.
         error: why it FAILED.
         largest_batch: up to what size of dimension 0 batches are thought to fit, because a larger one ran
             out of memory; None if none did.
@@ -55,6 +56,7 @@ class ManagedModel:
         self.measured_mb: float | None = None
         self.measured: Measurement | None = None
         self.unload_reason = ""
+        self.verified: tuple[str, ...] = ()
         self.error: SplitlearnError | None = None
         self.largest_batch: int | None = None
         self.running: RunningModel | None = None
@@ -96,7 +98,7 @@ class ManagedModel:
     @property
     def notes(self) -> tuple[str, ...]:
         """Facts for people, a sentence each: those of the load, and what has happened since."""
-        of_load = self.running.notes if self.running else ()
+        of_load = (*self.running.notes, *self.verified) if self.running else ()
         if self.largest_batch is None:
             return of_load
         return (

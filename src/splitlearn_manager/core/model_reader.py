@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +18,31 @@ from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.measurement import Measurement, of_version, with_newest
 from splitlearn_manager.core.model_files import ModelFiles
 from splitlearn_manager.errors import LoadError, OverMemoryLimit, WeightsChanged
+from splitlearn_manager.runtime.verified import NOTHING_KNOWN, Verified
 
 if TYPE_CHECKING:
     from splitlearn_manager.runtime.base import RunningModel, Runtime
+    from splitlearn_manager.runtime.verified import Answers
+
+
+_MOST_TRIAL_MB = 256.0
+_UNMEASURED_ROWS = 4
+
+
+@dataclass(frozen=True)
+class Read:
+    """A model that may serve.
+
+    Attributes:
+        spec: names the files that it was read from.
+        notes: what was found of its answers, a sentence each.
+        answers: for the next version to be compared with.
+    """
+
+    spec: ModelSpec
+    running: RunningModel
+    notes: tuple[str, ...] = ()
+    answers: Answers | None = None
 
 
 class ModelReader:
@@ -39,6 +62,7 @@ class ModelReader:
         self._lock = threading.Lock()
         self._files = files
         self._measured: dict[str, tuple[Measurement, ...]] = {}
+        self._answers: dict[str, tuple[tuple[str, str], Answers]] = {}
         self._estimated_mb: dict[str, tuple[tuple[str, str], float | None]] = {}
 
     def size_mb(self, spec: ModelSpec) -> float:
@@ -75,10 +99,16 @@ class ModelReader:
     def forget(self, model_id: str) -> None:
         """Drops the sizes of a model that nobody wants any more."""
         self._measured.pop(model_id, None)
+        self._answers.pop(model_id, None)
         self._estimated_mb.pop(model_id, None)
 
-    def read(self, spec: ModelSpec, device: str) -> tuple[ModelSpec, RunningModel]:
-        """Loads and warms the model; gives it with the spec that names the files it was read from.
+    def served(self, read: Read) -> None:
+        """It serves from now on: the next version is compared with it."""
+        if read.answers is not None:
+            self._answers[read.spec.model_id] = (read.spec.version, read.answers)
+
+    def read(self, spec: ModelSpec, device: str) -> Read:
+        """Loads, warms and verifies the model.
 
         A copy that is still being written, or replaced in the middle, would give a mixed model: then
         nothing is kept, and WeightsChanged is raised. Raises OverMemoryLimit, or any LoadError.
@@ -94,10 +124,30 @@ class ModelReader:
             measured = self._measure(read, running, device, self._estimate_of(spec, read))
             if problem := over_own_limit(read.config, measured.weights_mb):
                 raise OverMemoryLimit(problem)
+            verified = self._verify(read, running)
         except BaseException:
             running.close()
             raise
-        return read, running
+        return Read(read, running, verified.notes, verified.answers)
+
+    def _verify(self, spec: ModelSpec, running: RunningModel) -> Verified:
+        """Judges a version that has not served in this process."""
+        version, before = self._answers.get(spec.model_id, (None, None))
+        example = running.example() if version != spec.version else None
+        if version == spec.version or (example is None and spec.config.golden_path is None):
+            return NOTHING_KNOWN
+        # Imported where it is needed, because it brings torch.
+        from splitlearn_manager.runtime.verification import verify
+
+        measured = self.measured(spec)
+        return verify(
+            spec.config,
+            running.compute_function,
+            example,
+            joins=running.joins,
+            before=before,
+            largest_rows=_largest_trial(spec.config.batch_size, measured),
+        )
 
     def _default_runtime(self) -> Runtime:
         # Imported with the first load, because it brings torch.
@@ -153,6 +203,17 @@ class ModelReader:
         known = self.measurements(spec.model_id)
         self._measured[spec.model_id] = with_newest(known, measured)
         return measured
+
+
+def _largest_trial(batch_size: int, measured: Measurement | None) -> int:
+    """The largest batch to try before what a forward takes is reserved."""
+    rows = batch_size
+    activations = measured.activations if measured is not None else None
+    if activations is None:
+        return min(rows, _UNMEASURED_ROWS)
+    while rows > 1 and activations.mb(rows) > _MOST_TRIAL_MB:
+        rows //= 2
+    return rows
 
 
 def over_own_limit(

@@ -128,7 +128,7 @@ class DesiredSource:
         except SplitlearnError:
             self._paths.found(config, ())  # nothing to watch; it is the weights' problem
             raise
-        self._paths.found(config, (source.path, source.module_file))
+        self._paths.found(config, (source.path, source.module_file, source.golden))
         return fingerprint(source, self._fs)
 
 

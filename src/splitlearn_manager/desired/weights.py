@@ -30,7 +30,7 @@ LEAST_IN_TURN = 16
 WeightsFingerprint = Callable[[ModelConfig], str]
 """What the files behind a config look like. Raises SplitlearnError (WeightsNotFound) if there are none."""
 
-WeightsKey = tuple[str, str, str | None, Path | None]
+WeightsKey = tuple[str, str, str | None, Path | None, Path | None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,13 @@ class WeightsState:
 
 def weights_key(config: ModelConfig) -> WeightsKey:
     """What decides where the weights are looked for; models for which it is equal share a look."""
-    return (config.model_path, config.model_type, config.config.factory, config.base_dir)
+    return (
+        config.model_path,
+        config.model_type,
+        config.config.factory,
+        config.golden_path,
+        config.base_dir,
+    )
 
 
 class _Source:

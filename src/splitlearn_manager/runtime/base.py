@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from splitlearn_comm.core import ComputeFunction
@@ -111,6 +112,10 @@ class RunningModel(Protocol):
     @property
     def joins(self) -> bool:
         """Whether requests may be joined; False until `join` has said so."""
+        ...
+
+    def example(self) -> torch.Tensor | None:
+        """An input like those that it has answered in warm-up, the same in each run; None without any."""
         ...
 
     def find_joining(self) -> Joining:

@@ -39,7 +39,7 @@ def try_joining(
     if not shape:
         return _apart("it was not warmed up")
     parts = _PARTS if batch_size >= sum(_PARTS) else (1, 1)
-    inputs = [_random(function, (rows, *shape[1:])) for rows in parts]
+    inputs = [random_input(function, (rows, *shape[1:])) for rows in parts]
     try:
         alone = [_run(function, x) for x in inputs]
         joined = _run(function, torch.cat(inputs))
@@ -100,8 +100,8 @@ def _rounding(function: ModelComputeFunction) -> float:
     return max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes)
 
 
-def _random(function: ModelComputeFunction, shape: tuple[int, ...]) -> torch.Tensor:
-    """An input of that shape, the same in each run."""
+def random_input(function: ModelComputeFunction, shape: tuple[int, ...]) -> torch.Tensor:
+    """An input of that shape, on the CPU; the same in each run."""
     draw = torch.Generator().manual_seed(sum(shape))
     if function.input_dtype.is_floating_point:
         return torch.randn(shape, generator=draw)

@@ -154,6 +154,10 @@ class RunningInProcess:
             raise ModelUnavailable("the model has been unloaded")
         return self._function
 
+    def example(self) -> torch.Tensor | None:
+        """An input of the shape that it answered in warm-up; None if there was none."""
+        return next(iter(self._function.ask({"op": "example"})[1]), None)
+
     def find_joining(self) -> Joining:
         """Have the worker run a few forwards to find out whether requests may be joined."""
         found = self._function.ask({"op": "joining"})[0]

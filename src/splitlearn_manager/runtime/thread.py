@@ -19,11 +19,12 @@ from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, ModelUnavailable
 from splitlearn_manager.runtime.activations import measure_activations
 from splitlearn_manager.runtime.base import Activations, Joining, LoadedModel, Loader
-from splitlearn_manager.runtime.joining import try_joining
+from splitlearn_manager.runtime.joining import random_input, try_joining
 from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
 from splitlearn_manager.runtime.warmup import warm_up
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 TRAINED = "not optimized any more: a training step has changed the weights"
@@ -185,6 +186,12 @@ class RunningInThreads:
         found = measure_activations(self._function, self._config, self._answered)
         trim_heap()
         return found
+
+    def example(self) -> torch.Tensor | None:
+        """An input of the shape that it answered in warm-up; None if there was none."""
+        if self._function is None or self._answered is None:
+            return None
+        return random_input(self._function, tuple(self._answered))
 
     def find_joining(self) -> Joining:
         """Run a few forwards to find out whether requests may be joined."""

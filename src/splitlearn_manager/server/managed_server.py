@@ -47,6 +47,7 @@ from splitlearn_manager.reconcile.store import DirectoryFiles, Store
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.compute_service import ManagedBackend
+from splitlearn_manager.server.golden import record_golden
 from splitlearn_manager.server.health_service import HealthService, enable_reflection
 from splitlearn_manager.server.live_settings import LiveSettings
 from splitlearn_manager.server.node_api import node_answers
@@ -253,6 +254,12 @@ class ManagedServer:
             self._close_ports()
             self._stopped.set()
         log_event(log, logging.INFO, "Stopped")
+
+    def record_golden(
+        self, model_id: str, target: Path, inputs_from: Path | None = None
+    ) -> dict[str, object]:
+        """Writes what the version of a model that serves answers: see `server.golden.record_golden`."""
+        return record_golden(self.model_manager, model_id, target, inputs_from)
 
     def wait_for_termination(self, timeout: float | None = None) -> bool:
         """Waits until `stop` has ended; True once it has, False if `timeout` seconds passed first."""

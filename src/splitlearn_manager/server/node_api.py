@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
@@ -72,6 +72,9 @@ class Node(Protocol):
     @property
     def reconciler(self) -> Loop: ...
     def loop_alive(self) -> bool: ...
+    def record_golden(
+        self, model_id: str, target: Path, inputs_from: Path | None
+    ) -> Mapping[str, object]: ...
 
 
 def node_answers(node: Node) -> Mapping[str, Answer]:
@@ -87,6 +90,7 @@ def node_answers(node: Node) -> Mapping[str, Answer]:
         "resume": lambda question: api.command(question, node.reconciler.resume),
         "retry": lambda question: api.command(question, node.reconciler.retry),
         "confirm_prune": api.confirm_prune,
+        "golden": api.golden,
         "events": api.events,
         "wait_change": api.wait_change,
         "look": api.look,
@@ -146,6 +150,16 @@ class _NodeApi:
     def confirm_prune(self, question: Question) -> Mapping[str, object]:
         message = self._loop.confirm_prune(question.text("digest"))
         return {"message": self._in_force(message)}
+
+    def golden(self, question: Question) -> Mapping[str, object]:
+        """Records answers of the version that serves in a file."""
+        model_id = question.text("model_id")
+        if self._book.describe(model_id) is None:
+            raise self._not_found(model_id)
+        inputs = question.optional_text("inputs")
+        return self._node.record_golden(
+            model_id, Path(question.text("file")), None if inputs is None else Path(inputs)
+        )
 
     def events(self, question: Question) -> Mapping[str, object]:
         """Events after a serial; waits for some if there are none. `next` is what to ask for next."""

@@ -127,6 +127,10 @@ class Worker:
         borrowed.close()
         return answer, (), self._lent.descriptors
 
+    def _example(self, *_: Any) -> Answer:
+        example = self._running.example() if self._running is not None else None
+        return {}, () if example is None else (example,), ()
+
     def _joining(self, *_: Any) -> Answer:
         assert self._running is not None, "asked before it was loaded"
         found = self._running.find_joining()

@@ -136,6 +136,7 @@ def test_a_path_that_is_too_long_for_a_socket_is_no_obstacle(
         ["suspend", "bert"],
         ["resume", "bert"],
         ["retry", "bert"],
+        ["golden", "bert"],
     ],
 )
 def test_without_a_node_a_command_says_so_in_a_sentence(

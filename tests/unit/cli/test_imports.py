@@ -66,6 +66,7 @@ def test_what_needs_no_model_loads_neither_torch_nor_grpc(here: Path, arguments:
         ["suspend", "bert"],
         ["resume", "bert"],
         ["retry", "bert"],
+        ["golden", "bert"],
     ],
 )
 def test_what_asks_a_node_loads_little_more_than_what_prints_the_answer(

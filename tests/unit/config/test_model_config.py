@@ -206,7 +206,6 @@ def test_unknown_key_is_refused_with_what_was_probably_meant(
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("verify", {"golden": "g.pt"}),
         ("rollout", {"canary": []}),
     ],
 )

@@ -28,6 +28,9 @@ class Measured(FakeRunning):
         self.measured += 1
         return LINES
 
+    def example(self) -> None:
+        return None
+
     def find_joining(self) -> Joining:
         self.tried += 1
         return replace(FOUND, lasts=self.config.batch_size > 1)
@@ -84,7 +87,7 @@ def test_whether_requests_may_be_joined_is_found_once_for_a_version() -> None:
     reads, runtime, files = reader()
     for weights in ("w0", "w0", "w1"):
         files.fingerprints["a"] = weights
-        _, running = reads.read(spec(weights), "cpu")
+        running = reads.read(spec(weights), "cpu").running
         assert running.joins
     assert runtime.tried == [1, 0, 1]
 
