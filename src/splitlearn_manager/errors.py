@@ -7,6 +7,7 @@
     │   ├── WeightsChanged                          the files changed while they were read
     │   ├── LoadTimeout                             load_timeout_s passed
     │   ├── WarmupFailed                            the model raised when it was tried
+    │   ├── RolloutSuperseded                       another version is wanted by now, or none
     │   ├── WorkerDied                              the process that it was to run in, or ran in, has ended
     │   └── TerminalLoadError                       only a change of the file or the weights helps
     │       ├── InvalidModel                        the files are no model this loader can read
@@ -16,6 +17,8 @@
     │       ├── GoldenMismatch                      it does not answer as that file says
     │       ├── NotFinite                           it answers with infinities or NaN
     │       ├── AnswersDiffer                       from the version before, by more than max_difference
+    │       ├── RolloutFailed                       it did worse than the old version when it was tried
+    │       ├── RolloutAborted                      somebody took it back
     │       ├── CannotOptimize                      not this model, or not on this machine
     │       └── OptimizedAnswersDiffer              by more than its own optimize_tolerance
     ├── AdmissionError                              no room on this node at the moment
@@ -127,6 +130,18 @@ class NotFinite(TerminalLoadError):
 
 class AnswersDiffer(TerminalLoadError):
     """The model's answers differ from the version before by more than `verify.max_difference`."""
+
+
+class RolloutFailed(TerminalLoadError):
+    """The version did worse than the old one when it was tried beside it."""
+
+
+class RolloutAborted(TerminalLoadError):
+    """Somebody took the version back while it was tried beside the old one."""
+
+
+class RolloutSuperseded(LoadError):
+    """The version was taken back because another one is wanted, or none."""
 
 
 class AdmissionError(SplitlearnError):

@@ -170,6 +170,32 @@ def retry(
     _tell(find_node(directory, server_config), "retry", model_id, output)
 
 
+def promote(
+    model_id: ModelId,
+    directory: Directory = None,
+    server_config: ServerFile = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Let a version that is being rolled out take over at once.
+
+    Exit code 0: told, 2: no node, no such model, or nothing is being rolled out.
+    """
+    _tell(find_node(directory, server_config), "promote", model_id, output)
+
+
+def abort(
+    model_id: ModelId,
+    directory: Directory = None,
+    server_config: ServerFile = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Take back a version that is being rolled out.
+
+    Exit code 0: told, 2: no node, no such model, or nothing is being rolled out.
+    """
+    _tell(find_node(directory, server_config), "abort", model_id, output)
+
+
 def golden(
     model_id: ModelId,
     directory: Directory = None,

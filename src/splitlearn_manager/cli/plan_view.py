@@ -21,6 +21,7 @@ _VERB_STYLE = {
     Verb.ADJUST: "cyan",
     Verb.UNLOAD: "yellow",
     Verb.EVICT: "yellow",
+    Verb.CANCEL: "yellow",
 }
 _MODE_NOTE = {Mode.SURGE: "surge · no downtime", Mode.RECREATE: "recreate · down while it loads"}
 
@@ -67,7 +68,7 @@ def summary(plan: Plan, desired: DesiredState) -> str:
     """`1 load, 1 update, 1 invalid`, or that there is nothing to do."""
     counts = [
         f"{n} {verb}"
-        for verb in (Verb.LOAD, Verb.UPDATE, Verb.ADJUST, Verb.UNLOAD, Verb.EVICT)
+        for verb in (Verb.LOAD, Verb.UPDATE, Verb.ADJUST, Verb.UNLOAD, Verb.EVICT, Verb.CANCEL)
         if (n := sum(action.verb is verb for action in plan.actions))
     ]
     shown = {action.model_id for action in plan.actions}

@@ -10,10 +10,12 @@ import typer
 from splitlearn_manager.cli.app import Commands
 from splitlearn_manager.cli.directory_commands import once, plan, run, schema, validate
 from splitlearn_manager.cli.node_commands import (
+    abort,
     events,
     explain,
     golden,
     history,
+    promote,
     resume,
     retry,
     status,
@@ -35,6 +37,8 @@ COMMANDS = (
     suspend,
     resume,
     retry,
+    promote,
+    abort,
     golden,
     schema,
 )

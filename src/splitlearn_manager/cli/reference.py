@@ -33,11 +33,11 @@ below. Without one, `run` is meant: `splitlearn-manager reconcile desired/` runs
 `desired` in the working directory is meant, else the directory of the one node that you run. A word that
 contains a slash or names an existing directory is taken for the directory, any other for a model's id.
 
-**The node.** `status`, `wait`, `events`, `explain`, `history`, `suspend`, `resume`, `retry`, `golden` and
-`apply` ask the node that serves the directory, over a Unix socket in its state directory. Only the user
-who runs the node may use it. If `state_dir` is set in a file that is given with `--server-config`, give it to
-these commands as well in case they do not find the node. `plan` asks the node if there is one. `validate`
-and `schema` need none.
+**The node.** `status`, `wait`, `events`, `explain`, `history`, `suspend`, `resume`, `retry`, `promote`,
+`abort`, `golden` and `apply` ask the node that serves the directory, over a Unix socket in its state
+directory. Only the user who runs the node may use it. If `state_dir` is set in a file that is given with
+`--server-config`, give it to these commands as well in case they do not find the node. `plan` asks the
+node if there is one. `validate` and `schema` need none.
 
 **Output.** `-o table` (for people, the default), `-o json` or `-o yaml`. Colour and moving lines are for
 terminals only; `NO_COLOR` turns colour off. In a pipe every line is plain and whole, however long. `run`

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
@@ -231,8 +232,18 @@ def _unknown_key(path: Path, model: type[BaseModel], hint: Hint) -> str:
 def _keys_at(path: Path, model: type[BaseModel]) -> tuple[str, ...]:
     """The keys that the model at `path` has."""
     for part in path:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if isinstance(part, int):
+            continue  # an item of a list, whose model the list's annotation has given
+        found = _model_in(model.model_fields[str(part)].annotation)
+        if found is None:
             return ()
-        model = annotation
+        model = found
     return tuple(model.model_fields)
+
+
+def _model_in(annotation: object) -> type[BaseModel] | None:
+    """The model of an annotation, be it optional or that of a list's items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(part) for part in get_args(annotation))
+    return next((model for model in found if model is not None), None)

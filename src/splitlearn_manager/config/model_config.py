@@ -27,8 +27,6 @@ from pydantic import (
     ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 
@@ -48,7 +46,7 @@ from splitlearn_manager.config.loader_options import LoaderOptions
 from splitlearn_manager.config.mistakes import Path as KeyPath
 from splitlearn_manager.config.mistakes import expectation, printable
 from splitlearn_manager.config.model_path import parse_model_path
-from splitlearn_manager.config.not_yet import MODEL_NOT_YET, refuse_not_yet
+from splitlearn_manager.config.rollout import Rollout
 from splitlearn_manager.config.verify import Verify
 
 IN_PLACE_KEYS = frozenset(
@@ -65,6 +63,7 @@ IN_PLACE_KEYS = frozenset(
         "keep_alive_s",
         "max_memory_mb",
         "update",
+        "rollout",
     }
 )
 """Keys that apply to a loaded model at once; a change of any other key loads the model anew."""
@@ -145,7 +144,7 @@ class ModelConfig(BaseModel):
     """Idle seconds after which the model is parked until a request asks for it. null: never."""
     verify: Verify | None = None
     """What a new version must show before it serves."""
-    rollout: dict[str, JsonValue] | None = None
+    rollout: Rollout | None = None
     """How a new version takes over its traffic step by step."""
     load_timeout_s: Seconds = 600.0
     """Seconds that a load may take."""
@@ -156,12 +155,6 @@ class ModelConfig(BaseModel):
 
     _base_dir: Path | None = PrivateAttr(default=None)
 
-    @field_validator(*MODEL_NOT_YET)
-    @classmethod
-    def _refuse_not_yet(cls, value: object, info: ValidationInfo) -> object:
-        refuse_not_yet(MODEL_NOT_YET, info.field_name or "", value)
-        return value
-
     @model_validator(mode="after")
     def _custom_needs_a_factory(self) -> Self:
         if self.model_type == "custom" and parse_model_path(self.model_path).kind != "factory":
@@ -169,6 +162,16 @@ class ModelConfig(BaseModel):
                 "package.module:factory, because model_type is custom",
                 path=("model_path",),
                 got=self.model_path,
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollout_needs_both(self) -> Self:
+        if self.rollout is not None and self.update == "recreate":
+            raise expectation(
+                "no such key, or another update, because a rollout needs both versions at a time",
+                path=("rollout",),
+                got="update: recreate",
             )
         return self
 

@@ -7,12 +7,9 @@ model_path) only `validate` checks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import BaseModel, JsonValue
 
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.config.not_yet import MODEL_NOT_YET, SERVER_NOT_YET, NotYet
 from splitlearn_manager.config.server_config import ServerConfig
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -22,27 +19,25 @@ Schema = dict[str, JsonValue]
 
 def model_schema() -> Schema:
     """The JSON Schema (draft 2020-12) of one document of a model's file."""
-    return _schema(ModelConfig, "A model to serve", MODEL_NOT_YET)
+    return _schema(ModelConfig, "A model to serve")
 
 
 def server_schema() -> Schema:
     """The JSON Schema (draft 2020-12) of server.yaml."""
-    return _schema(ServerConfig, "The node that serves the models", SERVER_NOT_YET)
+    return _schema(ServerConfig, "The node that serves the models")
 
 
-def _schema(model: type[BaseModel], title: str, not_yet: Mapping[str, NotYet]) -> Schema:
+def _schema(model: type[BaseModel], title: str) -> Schema:
     schema: Schema = {"$schema": DIALECT, **model.model_json_schema()}
     for part in (schema, *_maps(schema.get("$defs"))):
         part.pop("description", None)
-        for key, value in _properties(part).items():
+        for value in _properties(part).values():
             value.pop("title", None)
             value["description"] = _one_line(value.get("description"))
             if "patternProperties" in value:
                 value["additionalProperties"] = False
             if "$ref" in value:
                 value["default"] = {}
-            if part is schema and key in not_yet:
-                _restrict(value, not_yet[key])
     return schema | {"title": title}
 
 
@@ -57,15 +52,6 @@ def _maps(definitions: JsonValue) -> list[Schema]:
     if not isinstance(definitions, dict):
         return []
     return [value for value in definitions.values() if isinstance(value, dict)]
-
-
-def _restrict(value: Schema, row: NotYet) -> None:
-    """Leave only the values that work, and say what the others wait for."""
-    description, default = value["description"], value["default"]
-    value.clear()
-    value["description"] = f"{description} This version cannot {row.missing} yet."
-    value["default"] = default
-    value["enum"] = list(row.works)
 
 
 def _one_line(description: JsonValue) -> str:

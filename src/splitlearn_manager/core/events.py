@@ -17,6 +17,7 @@ class EventKind(StrEnum):
     UNLOADED = "Unloaded"
     EVICTED = "Evicted"
     OUT_OF_MEMORY = "OutOfMemory"
+    ROLLOUT = "Rollout"
 
 
 @dataclass(frozen=True, slots=True)

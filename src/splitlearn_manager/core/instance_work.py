@@ -17,15 +17,18 @@ from splitlearn_manager.core.clock import Clock, Executor
 from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.instances import Instances
 from splitlearn_manager.core.ledger import LedgerError
-from splitlearn_manager.core.lifecycle import State
+from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.measurement import Measurement
-from splitlearn_manager.core.model_reader import ModelReader
+from splitlearn_manager.core.model_reader import ModelReader, Read
+from splitlearn_manager.core.rollout import Verdict
 from splitlearn_manager.errors import (
     InsufficientMemory,
     LoadError,
     LoadTimeout,
     OperationInProgress,
+    RolloutAborted,
+    RolloutFailed,
     SplitlearnError,
 )
 from splitlearn_manager.logs import log_event
@@ -48,6 +51,7 @@ _UNLOADED: Mapping[str, str] = {
 }
 
 _CLOSE_AGAIN_S = 1.0
+_LOOK_AT_TRIAL_S = 0.5
 _LEVELS: Mapping[EventKind, int] = {
     EventKind.LOAD_FAILED: logging.ERROR,
     EventKind.DIED: logging.ERROR,
@@ -60,6 +64,13 @@ def _takes(running: RunningModel, measured: Measurement | None, config: ModelCon
     if measured is None:
         return f"{running.memory_mb:,.0f} MB"
     return measured.in_words(config.batch_size)
+
+
+def _too_large(instance: ManagedModel, takes: str) -> InsufficientMemory:
+    return InsufficientMemory(
+        f"model {instance.model_id!r} turned out to take {takes}, "
+        f"which does not fit on {instance.device}"
+    )
 
 
 def why_unloaded(reason: str) -> str:
@@ -82,6 +93,7 @@ class InstanceWork:
         self._reader = reader
         self._executor = executor
         self._clock = clock
+        self._tried: dict[str, Read] = {}
         self._on_event = on_event
 
     def watch_time_limits(self) -> float | None:
@@ -92,7 +104,9 @@ class InstanceWork:
         now = self._clock.now()
         due: list[float] = []
         for instance in self._instances.all():
-            if instance.state is State.LOADING:
+            if instance.trial is not None:
+                due.append(self._watch_trial(instance))
+            elif instance.state is State.LOADING:
                 left = instance.loading_since_s + instance.config.load_timeout_s - now
                 if left > 0:
                     due.append(left)
@@ -136,17 +150,10 @@ class InstanceWork:
         running: RunningModel | None = None
         try:
             read = self._reader.read(instance.spec, instance.device)
-            spec, running = read.spec, read.running
+            running = read.running
             instance.verified = read.notes
-            try:
-                measured = self._reader.measured(spec)
-                old = self._instances.ready(instance, running, spec, measured)
-            except LedgerError:
-                takes = _takes(running, measured, spec.config)
-                raise InsufficientMemory(
-                    f"model {instance.model_id!r} turned out to take {takes}, "
-                    f"which does not fit on {instance.device}"
-                ) from None
+            if not self._tries(instance, read):
+                self._take_over(instance, read)
         except OperationInProgress:
             message = (
                 "a load that was given up has returned: its result is thrown away, its memory freed"
@@ -163,19 +170,100 @@ class InstanceWork:
             self._failed(instance, LoadError(message))
             self._discard(instance, running)
         else:
-            took = self._clock.now() - instance.loading_since_s
-            notes = "".join(f"; {note}" for note in instance.notes)
-            self._reader.served(read)
-            takes = _takes(running, measured, spec.config)
-            message = f"{takes} on {instance.device} in {took:.2f} s{notes}"
-            self.report(EventKind.LOADED, instance, "Loaded", message)
-            if old is not None:
-                self.close_if_drained(old)
             running.when_ended(lambda error: self._died(instance, error))
+
+    def _take_over(self, instance: ManagedModel, read: Read) -> None:
+        """It serves from now on, and what served before drains.
+
+        Raises InsufficientMemory, or OperationInProgress if it was given up meanwhile.
+        """
+        spec, running = read.spec, read.running
+        measured = self._reader.measured(spec)
+        takes = _takes(running, measured, spec.config)
+        try:
+            old = self._instances.ready(instance, running, spec, measured)
+        except LedgerError:
+            raise _too_large(instance, takes) from None
+        self._reader.served(read)
+        took = self._clock.now() - instance.loading_since_s
+        notes = "".join(f"; {note}" for note in instance.notes)
+        message = f"{takes} on {instance.device} in {took:.2f} s{notes}"
+        self.report(EventKind.LOADED, instance, "Loaded", message)
+        if old is not None:
+            self.close_if_drained(old)
+
+    # Rollouts.
+
+    def _tries(self, instance: ManagedModel, read: Read) -> bool:
+        """Whether it is tried beside what serves, before it takes over."""
+        spec = read.spec
+        if spec.config.rollout is None or instance.owner is not Owner.DIRECTORY:
+            return False
+        measured = self._reader.measured(spec)
+        try:
+            if not self._instances.begin_trial(instance, read.running, spec, measured):
+                return False
+        except LedgerError:
+            raise _too_large(instance, _takes(read.running, measured, spec.config)) from None
+        self._tried[instance.key] = read
+        self._tell_trial(
+            instance,
+            f"generation {spec.generation} is tried: {instance.trial.note if instance.trial else ''}",
+        )
+        return True
+
+    def _watch_trial(self, instance: ManagedModel) -> float:
+        """Does what is due about a version that is tried; seconds until it is due again."""
+        trial, now = instance.trial, self._clock.now()
+        if trial is None:
+            return 0.0
+        old = self._instances.serving(instance.model_id)
+        verdict, why = trial.judged(
+            instance.config, now, instance.traffic, old.traffic if old is not None else None
+        )
+        about = f"generation {instance.spec.generation} {why}"
+        if verdict is Verdict.TAKE_BACK:
+            kind = RolloutFailed if trial.ordered is None else RolloutAborted
+            self.take_back(instance, kind(f"model {instance.model_id!r}: {about}"))
+        elif verdict is Verdict.NEXT_STEP:
+            self._instances.next_step(instance)
+            self._tell_trial(instance, about)
+        elif verdict is Verdict.TAKE_OVER:
+            self._tell_trial(instance, about)
+            self._end_trial(instance)
+        return min(
+            _LOOK_AT_TRIAL_S, max(0.0, trial.step_ends_s(instance.config) - now) or _LOOK_AT_TRIAL_S
+        )
+
+    def _end_trial(self, instance: ManagedModel) -> None:
+        read = self._tried.pop(instance.key, None)
+        if read is None:
+            return
+        try:
+            self._take_over(instance, read)
+        except OperationInProgress:
+            return
+        except SplitlearnError as error:
+            self.take_back(instance, error)
+
+    def take_back(
+        self, instance: ManagedModel, error: SplitlearnError, *, is_outcome: bool = True
+    ) -> None:
+        """Ends the trial of a version; it is closed once its requests have ended."""
+        self._tried.pop(instance.key, None)
+        if self._instances.fail(instance, error, is_outcome=is_outcome):
+            self.report(EventKind.LOAD_FAILED, instance, error.reason, error.message)
+            self._instances.abandon(instance)
+            self.close_if_drained(instance)
+
+    def _tell_trial(self, instance: ManagedModel, message: str) -> None:
+        self.report(EventKind.ROLLOUT, instance, "Rollout", message)
 
     def _died(self, instance: ManagedModel, error: SplitlearnError) -> None:
         """What serves has ended by itself: it is given up, and loaded again as after any failure."""
-        if self._instances.died(instance, error):
+        if instance.trial is not None:
+            self.take_back(instance, error)
+        elif self._instances.died(instance, error):
             self.report(EventKind.DIED, instance, error.reason, error.message)
             self._instances.abandon(instance)
             self.close_if_drained(instance)

@@ -27,6 +27,7 @@ from splitlearn_manager.core.ledger import Ceiling, Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State, check_edge
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.measurement import Measurement
+from splitlearn_manager.core.rollout import Trial
 from splitlearn_manager.core.snapshot import InstanceView, LoadOutcome, Snapshot, residents
 from splitlearn_manager.errors import (
     InsufficientMemory,
@@ -34,7 +35,7 @@ from splitlearn_manager.errors import (
     SplitlearnError,
     TerminalLoadError,
 )
-from splitlearn_manager.routing.table import RoutingTable, build_table
+from splitlearn_manager.routing.table import RoutingTable, Tried, build_table
 
 if TYPE_CHECKING:
     from splitlearn_manager.runtime.base import RunningModel
@@ -151,14 +152,8 @@ class Instances:
         with self._lock:
             if instance.state is not State.LOADING:
                 raise OperationInProgress(f"{instance.key} was given up")
-            mb = running.memory_mb
-            if measured is not None:
-                mb = self._to_reserve(instance.key, mb, measured.total_mb(spec.config.batch_size))
-            self._ledger = self._ledger.resize(instance.key, mb)
-            instance.running = running
-            instance.measured_mb = running.memory_mb
-            instance.measured = measured
-            instance.spec = spec
+            self._take(instance, running, spec, measured)
+            instance.trial = None
             self._move(instance, State.READY)
             instance.ready_since_s = now
             instance.last_used_s = max(now, instance.last_used_s)
@@ -172,14 +167,64 @@ class Instances:
         self._on_change()
         return old
 
-    def fail(self, instance: ManagedModel, error: SplitlearnError) -> bool:
-        """LOADING → FAILED; False if it was given up before. Its reservation stays until `gone`."""
+    def begin_trial(
+        self,
+        instance: ManagedModel,
+        running: RunningModel,
+        spec: ModelSpec,
+        measured: Measurement | None,
+    ) -> bool:
+        """A LOADING instance is tried beside the version that serves; False if none does.
+
+        It answers a share of the requests (or copies of them) from now on, and is LOADING until it takes
+        over (`ready`) or is taken back (`fail`). Raises as `ready`.
+        """
+        with self._lock:
+            if instance.state is not State.LOADING:
+                raise OperationInProgress(f"{instance.key} was given up")
+            old = self._current.get(instance.model_id)
+            if old is None or old.spec.version == spec.version:
+                return False
+            self._take(instance, running, spec, measured)
+            instance.trial = Trial(spec.config, self._clock.now(), old.traffic)
+            instance.open_for_leases()
+            self._publish()
+        self._on_change()
+        return True
+
+    def serving(self, model_id: str) -> ManagedModel | None:
+        """The READY instance that requests for the model go to."""
+        with self._lock:
+            return self._current.get(model_id)
+
+    def next_step(self, instance: ManagedModel) -> None:
+        """The next step of a trial begins."""
+        with self._lock:
+            if instance.trial is None:
+                return
+            instance.trial.next_step(instance.config, self._clock.now(), instance.traffic)
+            self._publish()
+        self._on_change()
+
+    def fail(
+        self, instance: ManagedModel, error: SplitlearnError, *, is_outcome: bool = True
+    ) -> bool:
+        """LOADING → FAILED; False if it was given up before. Its reservation stays until `gone`.
+
+        Args:
+            is_outcome: False if nothing was found out about the version.
+        """
         with self._lock:
             if instance.state is not State.LOADING:
                 return False
             instance.error = error
             self._move(instance, State.FAILED)
-            self._note_outcome(instance.owner, instance.spec, error)
+            if instance.trial is not None:
+                instance.trial = None
+                instance.stop_leases()
+                self._publish()
+            if is_outcome:
+                self._note_outcome(instance.owner, instance.spec, error)
         self._on_change()
         return True
 
@@ -310,7 +355,7 @@ class Instances:
         with self._lock:
             instance = self._current.get(model_id)
             if instance is None or instance.spec.version != spec.version:
-                return False
+                return self._adjust_tried(model_id, spec)
             if instance.measured is not None:
                 mb = instance.measured.total_mb(spec.config.batch_size)
                 if self._ledger.fits_resized(instance.key, mb):
@@ -321,6 +366,18 @@ class Instances:
             self._publish()
         self._on_change()
         return True
+
+    def _adjust_tried(self, model_id: str, spec: ModelSpec) -> bool:
+        for instance in self._instances.values():
+            trial = instance.trial
+            if instance.model_id == model_id and trial is not None:
+                if instance.spec.version != spec.version or spec.config.rollout is None:
+                    return False
+                instance.spec = spec
+                trial.adopt(spec.config)
+                self._publish()
+                return True
+        return False
 
     def mark_drain_overdue(self, instance: ManagedModel) -> bool:
         """True the first time it is called for an instance that still has leases."""
@@ -353,6 +410,23 @@ class Instances:
         self._instances[key] = instance
         return instance
 
+    def _take(
+        self,
+        instance: ManagedModel,
+        running: RunningModel,
+        spec: ModelSpec,
+        measured: Measurement | None,
+    ) -> None:
+        """The instance is what was loaded, and reserves what that takes. Raises LedgerError."""
+        mb = running.memory_mb
+        if measured is not None:
+            mb = self._to_reserve(instance.key, mb, measured.total_mb(spec.config.batch_size))
+        self._ledger = self._ledger.resize(instance.key, mb)
+        instance.running = running
+        instance.measured_mb = running.memory_mb
+        instance.measured = measured
+        instance.spec = spec
+
     def _to_reserve(self, key: str, weights_mb: float, total_mb: float) -> float:
         """The total, or what is held or the weights alone where there is no room for it now."""
         held = self._ledger.reservations[key]
@@ -373,7 +447,12 @@ class Instances:
 
     def _publish(self) -> None:
         self.table = build_table(
-            (i, i.config.effective_endpoint) for i in self._current.values() if not i.held
+            ((i, i.config.effective_endpoint) for i in self._current.values() if not i.held),
+            [
+                Tried(i, i.trial.percent, i.trial.shadow)
+                for i in self._instances.values()
+                if i.trial is not None and i.model_id in self._current
+            ],
         )
 
     def _note_outcome(self, owner: Owner, spec: ModelSpec, error: SplitlearnError | None) -> None:
@@ -412,6 +491,7 @@ class Instances:
                 held=i.held,
                 draining_since_s=i.draining_since_s,
                 followed=i.key in self._successors,
+                trial=i.trial.note if i.trial is not None else "",
             )
             for i in self._instances.values()
         )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.measurement import Measurement
+from splitlearn_manager.core.rollout import Traffic, Trial
 from splitlearn_manager.errors import SplitlearnError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ManagedModel:
         measured: all that its load measured, and what was estimated before; None until then.
         queue: what the side that serves keeps with it; not looked at here.
         held: it takes no new requests for the time being, because others wait for its room.
+        trial: while it is LOADING: it is tried beside the version that serves; None if it is not.
         verified: what was found of its answers before it served, a sentence each.
         error: why it FAILED.
         largest_batch: up to what size of dimension 0 batches are thought to fit, because a larger one ran
@@ -57,6 +59,7 @@ class ManagedModel:
         self.measured: Measurement | None = None
         self.unload_reason = ""
         self.verified: tuple[str, ...] = ()
+        self.trial: Trial | None = None
         self.error: SplitlearnError | None = None
         self.largest_batch: int | None = None
         self.running: RunningModel | None = None
@@ -94,6 +97,11 @@ class ManagedModel:
     @property
     def idle(self) -> bool:
         return self._leases == 0
+
+    @property
+    def traffic(self) -> Traffic:
+        """The requests that have ended so far."""
+        return Traffic(self.requests, self.errors, self.busy_s)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -39,6 +39,7 @@ from splitlearn_manager.core.model_files import ModelFiles
 from splitlearn_manager.core.model_reader import ModelReader, over_own_limit
 from splitlearn_manager.core.placement import by_number
 from splitlearn_manager.core.resource_manager import ResourceManager, budget_device
+from splitlearn_manager.core.rollout import Verdict
 from splitlearn_manager.core.snapshot import Snapshot
 from splitlearn_manager.errors import (
     AdmissionError,
@@ -51,6 +52,7 @@ from splitlearn_manager.errors import (
     ModelUnavailable,
     OperationInProgress,
     OverMemoryLimit,
+    RolloutSuperseded,
     SplitlearnError,
 )
 from splitlearn_manager.routing.table import RoutingTable
@@ -211,6 +213,35 @@ class ModelManager:
     def adjust(self, spec: ModelSpec) -> bool:
         """Applies a spec that loads the same model in place; False if another version serves."""
         return self._instances.adjust(spec.model_id, spec)
+
+    def cancel_rollout(self, model_id: str, key: str) -> bool:
+        """Takes back a version that is tried because another one is wanted; False if it is not tried."""
+        instance = self._tried(model_id)
+        if instance is None or instance.key != key:
+            return False
+        why = RolloutSuperseded(f"model {model_id!r}: another version is wanted by now, or none")
+        self._work.take_back(instance, why, is_outcome=False)
+        return True
+
+    def order_rollout(self, model_id: str, verdict: Verdict) -> int:
+        """Has a version that is tried take over, or taken back, with the next tick; its generation.
+
+        Raises SplitlearnError (reason `NoRollout`) if none is.
+        """
+        instance = self._tried(model_id)
+        if instance is None or (trial := instance.trial) is None:
+            raise SplitlearnError(
+                f"no version of {model_id!r} is being rolled out", reason="NoRollout"
+            )
+        trial.ordered = verdict
+        self._notify()
+        return instance.spec.generation
+
+    def _tried(self, model_id: str) -> ManagedModel | None:
+        return next(
+            (i for i in self._instances.all() if i.model_id == model_id and i.trial is not None),
+            None,
+        )
 
     def forget(self, model_id: str) -> None:
         """Drops what is remembered of a model that nobody wants any more."""
@@ -403,6 +434,8 @@ class ModelManager:
         began = self._clock.now()
         for instance in self._instances.all():
             self._instances.cancel_successor(instance.model_id)
+            if instance.trial is not None:
+                self.cancel_rollout(instance.model_id, instance.key)
             if instance.state is State.READY:
                 self.begin_unload(instance.model_id, "Shutdown", key=instance.key)
 

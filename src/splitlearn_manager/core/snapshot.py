@@ -25,6 +25,7 @@ class InstanceView:
         measured_mb: its weights: what it holds while no request runs. None before it is READY.
         measured: all that its load measured, and what was estimated before; None before it is READY.
         held: it takes no new requests for the time being, because others wait for its room.
+        trial: how far it has come, while it is LOADING and tried beside the version that serves; else empty.
         followed: another version is loaded in its place as soon as its memory is back.
     """
 
@@ -49,6 +50,7 @@ class InstanceView:
     held: bool = False
     draining_since_s: float | None = None
     followed: bool = False
+    trial: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,7 +116,7 @@ def _turns_end(instances: Sequence[InstanceView], now_s: float, lasting_s: float
 
     A version that is unloaded for its successor to be loaded in its place has the successor's turn.
     """
-    begun = [v.loading_since_s for v in instances if v.state is State.LOADING]
+    begun = [v.loading_since_s for v in instances if v.state is State.LOADING and not v.trial]
     begun += [v.draining_since_s or now_s for v in instances if v.followed]
     return [at + lasting_s for at in begun if at + lasting_s > now_s]
 
@@ -125,6 +125,8 @@ def _start(action: Action, manager: ModelManager, tell: Callable[[Told], None]) 
     model_id = action.model_id
     if action.verb is Verb.UNLOAD:
         return manager.begin_unload(model_id, action.reason, key=action.key)
+    if action.verb is Verb.CANCEL:
+        return manager.cancel_rollout(model_id, action.key or "")
     if action.verb is Verb.EVICT:
         return manager.begin_evict(model_id, action.key or "", action.reason)
     assert action.spec is not None

@@ -35,6 +35,7 @@ class Verb(StrEnum):
     LOAD = "load"
     UNLOAD = "unload"
     EVICT = "evict"
+    CANCEL = "cancel"
 
 
 class Mode(StrEnum):

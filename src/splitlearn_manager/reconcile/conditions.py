@@ -257,6 +257,8 @@ def _ready(facts: Facts, moment: Moment) -> tuple[str, str]:
         return ("Serving", where)
     reason = "OlderGenerationServes"
     older = f"generation {serving.spec.generation} serves on {serving.device}"
+    if loading is not None and loading.trial:
+        return (reason, f"{older}; generation {loading.spec.generation} is tried: {loading.trial}")
     if loading is not None:
         return (reason, f"{older} until generation {loading.spec.generation} has been loaded")
     if facts.wanted is None:
@@ -293,6 +295,8 @@ def _reason_and_message(facts: Facts, moment: Moment) -> tuple[str, str]:
 
 def _phase_in_words(facts: Facts, phase: Phase, moment: Moment) -> str:
     loading, old = facts.loading, facts.draining
+    if loading is not None and loading.trial:
+        return f"generation {loading.spec.generation} is tried: {loading.trial}"
     if loading is not None:
         since = moment.clock(loading.loading_since_s)
         return f"generation {loading.spec.generation} is being loaded on {loading.device} since {since}"

@@ -130,8 +130,13 @@ class _Planner:
         return attempt is not None and action.spec is not None and attempt.concerns(action.spec)
 
     def _unloads(self) -> list[Action]:
-        """Served for the directory, and declared no more."""
-        return [
+        """Served or tried for the directory, and declared no more."""
+        cancels = [
+            self._cancel(view, "no file declares it")
+            for view in sorted(self._views, key=lambda v: v.model_id)
+            if view.trial and view.model_id not in self._desired
+        ]
+        return cancels + [
             Action(
                 Verb.UNLOAD,
                 view.model_id,
@@ -190,6 +195,8 @@ class _Planner:
         if any(v.owner is Owner.API for v in views):
             message = "a model of this id was loaded through the Python API"
             return self._wait(model_id, "OwnedByApi", message)
+        if (tried := next((v for v in views if v.trial), None)) is not None:
+            return self._tried(wanted, tried)
         if (state := self._operation_on(model_id)) is not None:
             names = {State.LOADING: "Loading", State.UNLOADING: "Unloading"}
             return self._wait(model_id, names[state], "an operation on it is under way")
@@ -209,6 +216,26 @@ class _Planner:
         if serving.reserved_mb < _mb_with(serving.spec, serving):
             self._short.append((wanted, serving))
         return self._park_if_idle(serving, wanted)
+
+    def _tried(self, wanted: Wanted, tried: InstanceView) -> Action | None:
+        """A new version is tried beside the one that serves."""
+        if tried.spec.version != wanted.spec.version or wanted.spec.config.rollout is None:
+            return self._cancel(tried, "another version is wanted by now")
+        if tried.spec.spec_hash != wanted.spec.spec_hash:
+            return self._adjustment(wanted, tried, tried.reserved_mb)
+        message = f"generation {tried.spec.generation} is tried: {tried.trial}"
+        return self._wait(wanted.spec.model_id, "RollingOut", message)
+
+    def _cancel(self, tried: InstanceView, why: str) -> Action:
+        return Action(
+            Verb.CANCEL,
+            tried.model_id,
+            f"the rollout of generation {tried.spec.generation}: {why}",
+            key=tried.key,
+            device=tried.device,
+            mb=tried.reserved_mb,
+            reason="RolloutSuperseded",
+        )
 
     def _value(self, serving: InstanceView, wanted: Wanted) -> None:
         """Who goes for others is decided by what is wanted now, whichever version serves."""
@@ -290,6 +317,11 @@ class _Planner:
             to_load.append(fallback)
             return
         why = self._why_not_load(wanted)
+        if why is None and wanted.spec.config.rollout is not None and fallback is not None:
+            message = "the version that served last is loaded first; the new one is tried beside it"
+            self._wait(model_id, "RolloutPending", message)
+            to_load.append(fallback)
+            return
         if why is None:
             to_load.append(wanted)
             return
@@ -344,7 +376,8 @@ class _Planner:
     def _update(self, wanted: Wanted, serving: InstanceView) -> Action | None:
         spec = wanted.spec
         attempt = self._observed.attempts.get(spec.model_id)
-        setting = spec.config.update
+        # A rollout has both versions at a time.
+        setting = spec.config.update if spec.config.rollout is None else "surge"
         why = self._why_not_load(wanted)
         if why is not None and (setting == "surge" or not _is_due_later(why, attempt)):
             self._waiting.append(why)

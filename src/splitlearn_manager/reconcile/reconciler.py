@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from splitlearn_manager.core.clock import Clock
 from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.core.model_manager import ModelManager
+from splitlearn_manager.core.rollout import Verdict
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredState, Instructions, Source
 from splitlearn_manager.errors import ModelUnavailable
@@ -289,6 +290,19 @@ class Reconciler:
         limited_s = until_s - now if until_s is not None else None
         attempt = self._memory.attempts.get(model_id)
         return self._ordered(self._orders.retry(model_id, attempt, limited_s))
+
+    def promote(self, model_id: str) -> str:
+        """Has a version that is rolled out take over at once. Raises SplitlearnError (`NoRollout`)."""
+        generation = self._manager.order_rollout(model_id, Verdict.TAKE_OVER)
+        return self._ordered(f"generation {generation} of {model_id} takes over")
+
+    def abort(self, model_id: str) -> str:
+        """Takes back a version that is rolled out. Raises SplitlearnError (`NoRollout`)."""
+        generation = self._manager.order_rollout(model_id, Verdict.TAKE_BACK)
+        return self._ordered(
+            f"generation {generation} of {model_id} is taken back; it is not tried again before its file or "
+            f"its weights change, or `retry {model_id}`"
+        )
 
     def confirm_prune(self, digest: str) -> str:
         """Lets the models go that a prune guard holds; says which. Raises SplitlearnError (reason

@@ -8,7 +8,7 @@ candidates, so keep it no longer than a request: a model in an old table cannot 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
@@ -34,6 +34,20 @@ C = TypeVar("C", bound=Candidate)
 
 
 @dataclass(frozen=True, slots=True)
+class Tried(Generic[C]):
+    """A new version of a model that is tried with a share of its requests.
+
+    Attributes:
+        percent: the share, in percent.
+        shadow: it is asked copies of them, and answers nobody.
+    """
+
+    version: C
+    percent: float
+    shadow: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RoutingTable(Generic[C]):
     """Candidates in the order of their model ids, whatever order they were given in.
 
@@ -41,14 +55,18 @@ class RoutingTable(Generic[C]):
         by_model: each candidate under its model id.
         by_endpoint: the candidates of each endpoint; none is empty.
         all: every candidate.
+        trials: versions that are tried beside a candidate, under its model id. They are no candidates.
     """
 
     by_model: Mapping[str, C]
     by_endpoint: Mapping[str, tuple[C, ...]]
     all: tuple[C, ...]
+    trials: Mapping[str, Tried[C]] = field(default_factory=dict)
 
 
-def build_table(entries: Iterable[tuple[C, str]]) -> RoutingTable[C]:
+def build_table(
+    entries: Iterable[tuple[C, str]], trials: Iterable[Tried[C]] = ()
+) -> RoutingTable[C]:
     """The table of (candidate, endpoint) pairs. Raises ValueError if two share a model id."""
     by_model: dict[str, C] = {}
     by_endpoint: dict[str, list[C]] = {}
@@ -61,4 +79,5 @@ def build_table(entries: Iterable[tuple[C, str]]) -> RoutingTable[C]:
         MappingProxyType(by_model),
         MappingProxyType({name: tuple(members) for name, members in by_endpoint.items()}),
         tuple(by_model.values()),
+        MappingProxyType({tried.version.model_id: tried for tried in trials}),
     )

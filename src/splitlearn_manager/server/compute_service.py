@@ -1,6 +1,7 @@
 """From a request to the model that answers it: routing, leases, and what a refusal looks like.
 
     request name ─► router ─► READY instance ─► lease ─► batcher (plain forwards), or its compute function
+                       │      or a version that is tried beside it (plain forwards, a share of them)
                        │
                        └ nobody READY: evicted or pending models are asked for, within the deadline;
                          loading, draining and failed ones answer "try again"; unknown names do not exist;
@@ -12,6 +13,7 @@ messages and the statuses are `splitlearn_comm`'s.
 
 from __future__ import annotations
 
+import random
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.batching import Batcher
+from splitlearn_manager.server.shadows import Shadows
 
 # A request without a deadline would wait for a parked model for ever.
 _LONGEST_WAIT_S = 60.0
@@ -53,6 +56,7 @@ class ManagedBackend:
         max_waiters: requests that may wait for parked models at a time, at least 1; so many threads are
             lost to others meanwhile, so it should be less than there are.
         observe: called after each request with model id, status name and seconds.
+        draw: uniform random numbers in [0, 1), by which requests go to versions that are tried.
         observe_wait: called after each wait for a model with whether it was in vain, and seconds.
     """
 
@@ -67,6 +71,7 @@ class ManagedBackend:
         max_waiters: int,
         observe: Callable[[str, str, float], None],
         observe_wait: Callable[[bool, float], None] = lambda in_vain, duration_s: None,
+        draw: Callable[[], float] = random.random,
     ) -> None:
         self._manager = manager
         self._router = router
@@ -74,6 +79,8 @@ class ManagedBackend:
         self._batcher = batcher
         self._version = version
         self._codec = TensorCodec()
+        self._draw = draw
+        self._shadows = Shadows(manager, batcher)
         self._waiters = threading.Semaphore(max_waiters)
         self._observe = observe
         self._observe_wait = observe_wait
@@ -92,14 +99,25 @@ class ManagedBackend:
 
         Raises Overloaded, NotReady, or InvalidRequest for bytes that are no tensor.
         """
+        table = self._manager.table
         try:
-            lease = self._manager.try_lease(self._router.route(model_id, self._manager.table))
+            chosen = self._router.route(model_id, table)
         except (ModelNotFound, ModelUnavailable):
             return False
+        tried = table.trials.get(chosen.model_id) if table.trials else None
+        if tried is not None and self._draw() * 100 >= tried.percent:
+            tried = None
+        lease = None
+        if tried is not None and not tried.shadow:
+            lease = self._manager.try_lease(tried.version)
+        lease = lease or self._manager.try_lease(chosen)
         if lease is None:
             return False
         try:
-            self._batcher.submit(lease, inference, inference.unpack(self._codec))
+            packed = inference.unpack(self._codec)
+            if tried is not None and tried.shadow:
+                inference, packed = self._shadows.follow(tried.version, inference, packed)
+            self._batcher.submit(lease, inference, packed)
         except BaseException:
             lease.ok = False
             lease.release()

@@ -204,15 +204,46 @@ def test_unknown_key_is_refused_with_what_was_probably_meant(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
+    ("rollout", "expected"),
     [
-        ("rollout", {"canary": []}),
+        ({}, "rollout: expected either canary or shadow"),
+        ({"canary": []}, "rollout.canary: expected a list of 1 to 50 steps"),
+        (
+            {"canary": [{"percent": 0, "for_s": 1}]},
+            "rollout.canary[0].percent: expected a number > 0",
+        ),
+        ({"canary": [{"percent": 5}]}, "rollout.canary[0].for_s"),
+        ({"shadow": {"percent": 101, "for_s": 1}}, "percent: expected a number ≤ 100, got 101"),
+        (
+            {"shadow": {"percent": 1, "for_s": 1}, "canary": [{"percent": 1, "for_s": 1}]},
+            "rollout: expected either canary or shadow",
+        ),
+        ({"shadow": {"percent": 1, "for_s": 1}, "min_request": 1}, "did you mean `min_requests`?"),
     ],
 )
-def test_key_without_machinery_is_refused_rather_than_ignored(key: str, value: object) -> None:
-    message = refusal(**{key: value})
-    assert message.startswith(f"{key}: this version cannot ")
-    assert " yet: expected " in message
+def test_a_rollout_that_makes_no_sense_is_refused(rollout: object, expected: str) -> None:
+    assert expected in refusal(rollout=rollout)
+
+
+def test_a_rollout_needs_both_versions_at_a_time() -> None:
+    rollout = {"canary": [{"percent": 5, "for_s": 10}]}
+    assert "rollout: expected no such key, or another update" in refusal(
+        rollout=rollout, update="recreate"
+    )
+    assert make(rollout=rollout).load_hash() == make().load_hash()
+    assert make(rollout=rollout).spec_hash() != make().spec_hash()
+
+
+@pytest.mark.parametrize(
+    ("verify", "expected"),
+    [
+        ({"golden": "g.pt"}, "a file whose name ends in .safetensors or .npz"),
+        ({"rtol": -1}, "verify.rtol: expected a number ≥ 0, got -1"),
+        ({"max_diference": 1}, "did you mean `max_difference`?"),
+    ],
+)
+def test_a_verification_that_makes_no_sense_is_refused(verify: object, expected: str) -> None:
+    assert expected in refusal(verify=verify)
 
 
 @pytest.mark.parametrize("how", ["none", "compile", "freeze", "bfloat16", "auto"])
@@ -313,6 +344,7 @@ def test_spec_hash_tells_files_in_different_directories_apart(tmp_path: Path) ->
 
 
 IN_PLACE_SAMPLES = {
+    "rollout": {"canary": [{"percent": 5, "for_s": 10}]},
     "priority": 3,
     "pinned": True,
     "endpoint": "e",
@@ -328,6 +360,7 @@ IN_PLACE_SAMPLES = {
 }
 
 RELOADING_SAMPLES = {
+    "verify": {"rtol": 0.5},
     "model_path": "other.pt",
     "model_type": "pytorch",
     "device": "cpu",

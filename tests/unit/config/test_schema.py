@@ -8,7 +8,6 @@ import pytest
 
 from splitlearn_manager.config.loader_options import LoaderOptions
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.config.not_yet import MODEL_NOT_YET, SERVER_NOT_YET
 from splitlearn_manager.config.schema import Schema, model_schema, server_schema
 from splitlearn_manager.config.server_config import ServerConfig
 
@@ -46,15 +45,6 @@ def test_every_key_is_there_with_a_description() -> None:
             assert len(description) > 20, key
             assert "\n" not in description
     assert schema["required"] == ["model_id", "model_path"]
-
-
-def test_values_that_this_version_refuses_are_not_offered() -> None:
-    for schema, table in ((model_schema(), MODEL_NOT_YET), (server_schema(), SERVER_NOT_YET)):
-        for key, row in table.items():
-            value = properties(schema)[key]
-            assert value["enum"] == list(row.works)
-            assert value["default"] == row.works[0]
-            assert str(value["description"]).endswith(" yet.")
 
 
 def test_quotas_are_for_known_devices_only() -> None:
