@@ -8,7 +8,7 @@ from typing import Any
 
 from mutants.mutant import Mutant, instead
 from simulation.patching import patched
-from splitlearn_manager.core import eviction
+from splitlearn_manager.core import eviction, rollout
 from splitlearn_manager.core.events import EventKind
 from splitlearn_manager.core.eviction import Admitted
 from splitlearn_manager.core.instance_work import InstanceWork
@@ -59,6 +59,15 @@ def _adds_a_surge_uncounted(real: Any) -> Any:
         return added
 
     return add
+
+
+def _abort_promotes(real: Any) -> Any:
+    def judged(self: Any, *rest: Any) -> Any:
+        verdict, why = real(self, *rest)
+        back = verdict is rollout.Verdict.TAKE_BACK
+        return (rollout.Verdict.TAKE_OVER if back else verdict), why
+
+    return judged
 
 
 def _as_if(**changes: Any) -> Any:
@@ -245,6 +254,21 @@ MUTANTS = (
         "room is not looked at again when a load begins",
         "admission by an old snapshot: two loads are let into the same room",
         lambda: [instead(Instances, "add", _always_room)],
+    ),
+    Mutant(
+        "a rollout is skipped",
+        "progressive delivery that is configured, and not done for this kind of change",
+        lambda: [(InstanceWork, "_tries", lambda self, instance, read: False)],
+    ),
+    Mutant(
+        "a rollout never ends",
+        "a canary that nobody looks at any more: two versions for good",
+        lambda: [(rollout, "judge", lambda config, now: (rollout.Verdict.GO_ON, ""))],
+    ),
+    Mutant(
+        "what was aborted takes over",
+        "a rollback button that is wired to the wrong side",
+        lambda: [instead(rollout.Trial, "judged", _abort_promotes)],
     ),
     Mutant(
         "updates always take the old version away first",

@@ -70,6 +70,9 @@ class Checks:
         self.new_process()
 
     def new_process(self) -> None:
+        self._beside: dict[str, str] = {}
+        self._tried_since: dict[str, float] = {}
+        self.promoted: set[str] = set()
         self.retries = Retries()
         self.states: dict[str, State] = {}
         self.owners: dict[str, Owner] = {}
@@ -198,7 +201,12 @@ class Checks:
             self._is_declared(node, model_id)
             check_promise(node, instance)
             self._weights_stood_still(node, instance)
+            if model_id in node.manager.table.by_model:
+                self._beside[event.key] = instance.spec.spec_hash
+        elif event.kind is EventKind.ROLLOUT:
+            self._tried_since.setdefault(event.key, node.machine.t)
         elif event.kind is EventKind.LOADED:
+            self._tried_for_long_enough(node, instance)
             if self._promised_mb.get(event.key) != _reserved_mb(node, instance):
                 self.surprises += 1
             if of_directory and model_id in self._episode.oracle.managed:
@@ -216,6 +224,21 @@ class Checks:
             if instance.in_flight or (instance.config.pinned and of_directory):
                 message = f"{instance!r} is evicted; pinned: {instance.config.pinned}"
                 node.machine.violated("I19", message)
+
+    def _tried_for_long_enough(self, node: Node, instance: Any) -> None:
+        """I11: an update with a rollout takes over when it has been tried for its time, or is promoted."""
+        rollout = instance.config.rollout
+        began_with = self._beside.pop(instance.key, None)
+        since = self._tried_since.pop(instance.key, None)
+        promoted = instance.model_id in self.promoted
+        self.promoted.discard(instance.model_id)
+        if rollout is None or began_with != instance.spec.spec_hash or promoted:
+            return  # other rules were given meanwhile, or there was nothing to be tried beside
+        tried_s = node.machine.t - since if since is not None else 0.0
+        due_s = sum(stage.for_s for stage in rollout.stages)
+        if since is None or tried_s < due_s - EPSILON:
+            message = f"{instance.key} takes over after {tried_s:g} s of a rollout of {due_s:g} s"
+            node.machine.violated("I11", message)
 
     def _is_declared(self, node: Node, model_id: str) -> None:
         """I5: what an earlier process had accepted is not loaded while it may be gone."""
@@ -318,7 +341,10 @@ class Checks:
         """I3: no load hangs for ever."""
         for instance in node.instances:
             age = node.clock.now() - instance.loading_since_s
-            if instance.state is State.LOADING and age > instance.config.load_timeout_s + OVERDUE_S:
+            rollout = instance.config.rollout if instance.trial is not None else None
+            tried_s = sum(stage.for_s for stage in rollout.stages) if rollout is not None else 0.0
+            longest_s = instance.config.load_timeout_s + tried_s + OVERDUE_S
+            if instance.state is State.LOADING and age > longest_s:
                 raise Broken("I3", f"{instance!r} has been loading for {age:g} s")
 
     def _ready_means_ready(self, node: Node, turn: Turn) -> None:

@@ -136,6 +136,7 @@ class Node:
         self.last: Turn | None = None
         self._quiet_turns = 0
         self.requests: list[Request] = []
+        self._to_tried = False
 
     def start(self) -> None:
         self.loop.restore()
@@ -214,7 +215,7 @@ class Node:
         if request.model_id not in self.manager.table.by_model:
             return False
         try:
-            request.lease = self.manager.lease(request.model_id)
+            request.lease = self._tried(request.model_id) or self.manager.lease(request.model_id)
         except SplitlearnError as error:
             self.machine.violated("I20", f"routed to {request.model_id}, and refused: {error}")
             return False
@@ -226,6 +227,19 @@ class Node:
         request.deadline = self.machine.t + request.hold_s
         self.machine.later(request.hold_s, lambda: None)
         return True
+
+    def _tried(self, model_id: str) -> Lease | None:
+        """A lease on the version that is tried, for every other request while there is one."""
+        tried = self.manager.table.trials.get(model_id)
+        if tried is None or tried.shadow:
+            return None
+        self._to_tried = not self._to_tried
+        if not self._to_tried:
+            return None
+        lease = self.manager.try_lease(tried.version)
+        if lease is None and self.manager.table.trials.get(model_id) is tried:
+            self.machine.violated("I20", f"{tried.version!r} is tried, and takes no request")
+        return lease
 
     def _release(self, request: Request) -> None:
         lease = request.lease

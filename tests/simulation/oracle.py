@@ -70,6 +70,7 @@ class Oracle:
         self.ever_suspended: set[str] = set()
         self.may_mean: dict[str, History[bool]] = {}
         self._settle_s = math.inf
+        self._unseen_since: dict[str, float] = {}
         self._first_seen: dict[str, tuple[object, float]] = {}
         self._first_clean: dict[str, tuple[object, float]] = {}
         self._absent_at_look: set[str] = set()
@@ -142,6 +143,7 @@ class Oracle:
                 self.claims.setdefault(known.file, set()).add(model_id)
         self.managed_since = dict.fromkeys(self.managed, -1e9)
         self.may_mean.clear()
+        self._unseen_since.clear()
         for model_id in self.managed:
             self._see_meaning(model_id, self.truth.t)
         self._first_seen.clear()
@@ -166,6 +168,7 @@ class Oracle:
             self._first_look = t
         # What the last look proved by the settle_s of its time stays proven when server.yaml raises it.
         settle_s, self._settle_s = min(settle_s, self._settle_s), settle_s
+        self._note_unseen(t)
         present = {**dict(after.undecided), **after.models}
         for model_id, model in present.items():
             if model_id not in self.may_mean:
@@ -182,6 +185,23 @@ class Oracle:
         if after.prune_guard is not None:
             guard = after.prune_guard
             self.guards[guard.digest] = frozenset(guard.model_ids)
+
+    def _note_unseen(self, t: float) -> None:
+        """Since when every look may have found nothing of a model: a file that moves in the middle of one
+        may be seen at neither place."""
+        for model_id, history in self.may_mean.items():
+            if history.value and not self._moved_in_look(model_id):
+                self._unseen_since.pop(model_id, None)
+            else:
+                self._unseen_since.setdefault(model_id, t)
+
+    def _moved_in_look(self, model_id: str) -> bool:
+        return any(
+            history.before is not None
+            and self._could_mean(name, history.before[0], model_id)
+            and not self._could_mean(name, history.value, model_id)
+            for name, history in self.truth.files.items()
+        )
 
     # Rules.
 
@@ -261,6 +281,9 @@ class Oracle:
         for model_id in gone:
             if model_id in self.suspended:
                 raise Broken("I8", f"{model_id} was suspended, and went")
+            unseen_s = self._unseen_since.get(model_id, t)
+            if not self.may_mean[model_id].value and unseen_s <= t - settle_s + EPSILON_S:
+                continue
             if False not in self.may_mean[model_id].throughout(t, settle_s):
                 message = f"{model_id} went, and its absence was not proven: {self._who(model_id)}"
                 raise Broken("I8", message)
@@ -285,7 +308,8 @@ class Oracle:
             absent = self.truth.files.get(self.managed[model_id].file)
             if absent is None or absent.value is not None:
                 continue
-            if self.may_mean[model_id].since > t - settle_s + EPSILON_S:
+            left_s = min(self.may_mean[model_id].since, self._unseen_since.get(model_id, t))
+            if left_s > t - settle_s + EPSILON_S:
                 raise Broken("I9", f"{gone} went, while {model_id} had left for less than settle_s")
         left_at = min((self.may_mean[i].since for i in missing), default=t)
         # What was accepted while the others were going may have taken their place, or not.

@@ -198,10 +198,11 @@ def _excuse(
     ledger = node.manager._instances._ledger
     taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
     room = Room(taken, limits_mb(ledger), ledger.max_models)
-    if failed and serving is not None and model.config.update == "recreate":
+    update = model.config.update if model.config.rollout is None else "surge"
+    if failed and serving is not None and update == "recreate":
         return "tried in the place of what serves, which would have to go for each further try"
     instead = set()
-    if serving is not None and model.config.update != "surge" and not failed:
+    if serving is not None and update != "surge" and not failed:
         instead = {serving.key}
     if not any(room.fits(device, wanted.mb, instead) for device in wanted.devices):
         return "no room"

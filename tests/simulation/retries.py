@@ -18,7 +18,13 @@ RATE_WINDOW_S = 60.0
 RATE_LIMIT = 10
 BASE_S, CAP_S, JITTER = 1.0, 60.0, 0.2
 """What SPEC 4 says of retries."""
-TERMINAL = ("InvalidModel", "UntrustedCheckpoint", "OverMemoryLimit")
+TERMINAL = (
+    "InvalidModel",
+    "UntrustedCheckpoint",
+    "OverMemoryLimit",
+    "RolloutFailed",
+    "RolloutAborted",
+)
 
 Version = tuple[str, str, str]
 """Model id, spec hash and weights: what a failure is counted for."""

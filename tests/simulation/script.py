@@ -402,6 +402,8 @@ KINDS: dict[str, Kind] = {
     "suspend": Kind(2, "suspend {0}", _model),
     "resume": Kind(2, "resume {0}", _model),
     "retry": Kind(2, "retry {0}", _model),
+    "promote": Kind(1, "promote {0}", _model),
+    "abort": Kind(1, "abort {0}", _model),
     "confirm": Kind(
         2,
         "confirm-prune with the {0} digest",

@@ -27,6 +27,11 @@ KEYS: dict[str, tuple[object, ...]] = {
     "pinned": ("true",),
     "update": ("surge", "recreate"),
     "keep_alive_s": (3, 20),
+    "rollout": (
+        "{canary: [{percent: 50, for_s: 0}], min_requests: 0}",
+        "{canary: [{percent: 5, for_s: 2}, {percent: 50, for_s: 8}], min_requests: 0}",
+        "{shadow: {percent: 20, for_s: 4}, min_requests: 0}",
+    ),
     "max_memory_mb": (15, 40),
     "batch_size": (1, 64, 128),
     "endpoint": ("shared",),

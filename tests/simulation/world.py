@@ -275,6 +275,14 @@ class World:
         if self._command("retry", model_id):
             self._episode.checks.excuse(model_id)
 
+    def _promote(self, model_id: str) -> None:
+        if self._command("promote", model_id):
+            self._episode.checks.promoted.add(model_id)
+
+    def _abort(self, model_id: str) -> None:
+        if self._command("abort", model_id):
+            self._episode.checks.shared_causes += 1
+
     def _confirm(self, which: str) -> None:
         guards = self._episode.oracle.guards
         digest = "0123456789ab"

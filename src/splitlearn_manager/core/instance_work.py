@@ -252,7 +252,9 @@ class InstanceWork:
         """Ends the trial of a version; it is closed once its requests have ended."""
         self._tried.pop(instance.key, None)
         if self._instances.fail(instance, error, is_outcome=is_outcome):
-            self.report(EventKind.LOAD_FAILED, instance, error.reason, error.message)
+            # Where nothing was found out about the version, its load has not failed.
+            kind = EventKind.LOAD_FAILED if is_outcome else EventKind.ROLLOUT
+            self.report(kind, instance, error.reason, error.message)
             self._instances.abandon(instance)
             self.close_if_drained(instance)
 
