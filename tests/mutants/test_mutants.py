@@ -34,8 +34,8 @@ def test_a_switch_changes_what_the_product_has_and_changes_it_back(mutant: Mutan
 
 @pytest.mark.parametrize("name", QUICK)
 def test_the_simulation_finds_it(name: str) -> None:
-    caught = catch(MUTANTS[name], range(50))
-    assert caught is not None, f"not in 50 episodes; all of them: make mutants ONLY='{name}'"
+    caught = catch(MUTANTS[name], range(200))
+    assert caught is not None, f"not in 200 episodes; all of them: make mutants ONLY='{name}'"
 
 
 def test_every_module_is_in_the_catalogue_and_has_one_that_is_quickly_found() -> None:

@@ -97,8 +97,24 @@ def record(root: Path) -> Mapping[str, str]:
         eventually(lambda: node.find("Loaded model=bert"), "bert is loaded")
         eventually(lambda: any("Ask it" in line for line in node.printed), "the node is ready")
         recorder.keep("run", _of_run(node))
+        _of_rollouts(node, recorder)
         _beside(directory, recorder)
     return recorder.examples
+
+
+def _of_rollouts(node: Node, recorder: _Recorder) -> None:
+    """What is typed while a version of a model is tried; the model is gone afterwards."""
+    rollout = {"canary": [{"percent": 5, "for_s": 600}, {"percent": 50, "for_s": 600}]}
+    declare(node.directory, "tuned", config=constant(1.0))
+    node.wait_phase("tuned", "Ready")
+    for value, command in ((2.0, "promote"), (3.0, "abort")):
+        declare(node.directory, "tuned", config=constant(value), rollout=rollout)
+        told = lambda: "is tried: " in str(node.status("tuned")["conditions"])  # noqa: E731
+        eventually(told, "the version is tried")
+        recorder.type(command, "tuned")
+        eventually(lambda: not told(), "it has ended")  # noqa: B023
+    (node.directory / "tuned.yaml").unlink()
+    eventually(lambda: not node.status("tuned"), "the model is gone")
 
 
 def _beside(directory: Path, recorder: _Recorder) -> None:

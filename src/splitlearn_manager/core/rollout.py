@@ -162,7 +162,7 @@ class Trial:
         if self.ordered is Verdict.TAKE_OVER:
             return self.ordered, "takes over: somebody has promoted it"
         if self.ordered is Verdict.TAKE_BACK:
-            return self.ordered, "somebody has aborted it"
+            return self.ordered, "was aborted by somebody"
         return judge(
             config,
             Progress(

@@ -45,7 +45,7 @@ def basis_of(
     demands: Mapping[str, Demand],
 ) -> Basis:
     instances = tuple(
-        (v.key, v.state, v.spec, v.owner, v.device, v.reserved_mb, v.drain_overdue)
+        (v.key, v.state, v.spec, v.owner, v.device, v.reserved_mb, v.drain_overdue, v.trial)
         for v in snapshot.instances
     )
     lasting = replace(desired, next_check_s=None)
