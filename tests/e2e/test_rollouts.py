@@ -7,10 +7,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import grpc
 import pytest
 import torch
 
 from splitlearn_comm.client import RemoteComputeError
+from splitlearn_comm.core import TensorCodec
+from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from support.node import Node
 from support.served import (
     Callers,
@@ -328,3 +331,53 @@ def test_after_a_crash_the_old_version_serves_first_and_the_new_one_is_tried_aga
             assert done.returncode == 0, done.stderr
             callers.wait_for(lambda: latest(callers) == {2.0}, "it has taken over")
             assert torch.equal(callers.answers[0][-1], torch.full((1, 4), 2.0))
+
+
+def test_what_was_aborted_is_not_tried_again_after_a_restart(tmp_path: Path) -> None:
+    directory = tmp_path / "desired"
+    directory.mkdir()
+    write_factory(directory)
+    settings = {"settle_s": 0.05, "resync_s": 0.2}
+    with Node(directory, settings) as node:
+        model(node, 1)
+        node.wait_phase("m", "Ready")
+        model(node, 2, rollout=canary(HALF))
+        eventually(is_tried(node), "it is tried")
+        assert reconcile(node, "abort", "m").returncode == 0
+        eventually(lambda: "RolloutAborted" in str(node.status("m")["conditions"]), "it is aborted")
+    with Node(directory, settings) as again:
+        eventually(lambda: again.status("m").get("observed_generation") == 1, "the old one serves")
+        eventually(lambda: "RolloutAborted" in str(again.status("m")["conditions"]), "it is known")
+        assert loads(again, "m") == 1
+        assert "retry m" in str(reconcile(again, "explain", "m").stdout)
+        assert reconcile(again, "retry", "m").returncode == 0
+        eventually(is_tried(again), "it is tried again because somebody asked for it")
+
+
+def test_answers_name_the_version_that_gave_them(node: Node) -> None:
+    model(node, 1)
+    node.wait_phase("m", "Ready")
+    model(node, 2, rollout=canary(HALF))
+    eventually(is_tried(node), "it is tried")
+    data, shape = TensorCodec().encode(X)
+    request = compute_pb2.ComputeRequest(data=data, shape=shape, model_id="m")
+    seen: dict[str, set[float]] = {}
+    with grpc.insecure_channel(node.address) as channel:
+        stub = compute_pb2_grpc.ComputeServiceStub(channel)
+
+        def both() -> bool:
+            for use_cache in (False, True):
+                request.use_cache = use_cache
+                response, call = stub.Compute.with_call(request, timeout=20)
+                version = dict(call.trailing_metadata())["splitlearn-version"]
+                value = float(TensorCodec().decode(response.data, response.shape).max())
+                seen.setdefault(str(version), set()).add(value)
+            return len(seen) == 2
+
+        eventually(both, "both versions have answered")
+        assert seen == {"1": {1.0}, "2": {2.0}}
+        frames = (compute_pb2.StreamedRequest(id=n, request=request) for n in range(3))
+        assert {answer.version for answer in stub.ComputeStream(frames, timeout=20)} <= {"1", "2"}
+    _, page = node.get("/metrics")
+    for generation in (1, 2):
+        assert f'splitlearn_version_requests{{model_id="m",generation="{generation}"}}' in page

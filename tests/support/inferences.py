@@ -39,7 +39,7 @@ class Asked:
         if not self.wanted:
             raise DeadlinePassed("the caller is gone; nothing was computed", "CallerGone")
 
-    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
+    def answer(self, model_id: str, output: Rows, computed_ms: float, version: str = "") -> None:
         self._end(output.tensor().clone(), None)
 
     def refuse(self, error: ComputeError, model_id: str = "") -> None:

@@ -17,14 +17,16 @@ class StreamedRequest(_message.Message):
     def __init__(self, request: _Optional[_Union[ComputeRequest, _Mapping]] = ..., id: _Optional[int] = ..., timeout_s: _Optional[float] = ...) -> None: ...
 
 class StreamedResponse(_message.Message):
-    __slots__ = ("response", "refusal", "id")
+    __slots__ = ("response", "refusal", "id", "version")
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
     ID_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
     response: ComputeResponse
     refusal: Refusal
     id: int
-    def __init__(self, response: _Optional[_Union[ComputeResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., id: _Optional[int] = ...) -> None: ...
+    version: str
+    def __init__(self, response: _Optional[_Union[ComputeResponse, _Mapping]] = ..., refusal: _Optional[_Union[Refusal, _Mapping]] = ..., id: _Optional[int] = ..., version: _Optional[str] = ...) -> None: ...
 
 class Refusal(_message.Message):
     __slots__ = ("code", "message")

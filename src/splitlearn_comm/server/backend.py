@@ -28,11 +28,13 @@ class Opened:
         model_id: the model that was chosen; a later backward with the forward's id comes back to it.
         function: what runs.
         codec: how this model's tensors travel, unless the request announces a dtype.
+        version: what callers are told of which version of the model answers; empty for nothing.
     """
 
     model_id: str
     function: ComputeFunction
     codec: TensorCodec
+    version: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,8 @@ class Inference(Protocol):
     def check_wanted(self) -> None:
         """Raise `DeadlinePassed` if nobody waits for the answer any more."""
 
-    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
-        """Send what the model answered. Never raises."""
+    def answer(self, model_id: str, output: Rows, computed_ms: float, version: str = "") -> None:
+        """Send what the model answered, and which version of it did. Never raises."""
 
     def refuse(self, error: ComputeError, model_id: str = "") -> None:
         """End the request without an answer. Never raises."""

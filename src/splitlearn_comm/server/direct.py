@@ -20,7 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import grpc
@@ -79,6 +79,10 @@ class Call(Protocol):
         """Who calls, as gRPC writes it: `ipv4:…`, `ipv6:…` or `unix:…`."""
         ...
 
+    def name_version(self, version: str) -> None:
+        """Have the answer say, in its trailing metadata, which version of the model gave it."""
+        ...
+
     def send(self, *response: Bytes) -> None:
         """Answer with an encoded message, given in parts."""
         ...
@@ -98,6 +102,16 @@ class Begins(Protocol):
     def begin(self, message: bytes, call: Call) -> None:
         """Take the call over. On the polling thread: it never waits, and never raises."""
         ...
+
+
+VERSION_KEY = "splitlearn-version"
+"""In trailing metadata: which version of the model has answered."""
+
+
+@lru_cache(maxsize=1024)
+def version_metadata(version: str) -> tuple[tuple[str, str], ...]:
+    """The trailing metadata of an answer."""
+    return ((VERSION_KEY, version),)
 
 
 @cache
@@ -202,6 +216,9 @@ class UnaryCall:
 
     def peer(self) -> str:
         return str(self._context().peer())
+
+    def name_version(self, version: str) -> None:
+        self._state.trailing_metadata = version_metadata(version)
 
     def send(self, *response: Bytes) -> None:
         from grpc import _server

@@ -14,7 +14,7 @@ from splitlearn_comm.core.errors import ComputeError, DeadlinePassed
 from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.core.packed import Packed, Rows
 from splitlearn_comm.protocol import compute_pb2
-from splitlearn_comm.server.direct import Call
+from splitlearn_comm.server.direct import Call, version_metadata
 from splitlearn_comm.server.messages import codec_for
 from splitlearn_comm.server.statuses import from_model_error
 
@@ -80,7 +80,7 @@ class Forward:
         if not self._call.active():
             raise DeadlinePassed("the caller is gone; nothing was computed", "CallerGone")
 
-    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
+    def answer(self, model_id: str, output: Rows, computed_ms: float, version: str = "") -> None:
         """Send the model's output. What cannot be sent is told as an error of the model."""
         assert self._codec is not None
         try:
@@ -90,6 +90,8 @@ class Forward:
         except Exception as error:
             self.refuse(from_model_error(model_id, error), model_id)
             return
+        if version:
+            self._call.name_version(version)
         self._call.send(*response)
         self._servicer.answered(model_id, self._started_s)
 
@@ -117,6 +119,9 @@ class WaitingCall:
 
     def peer(self) -> str:
         return str(self._context.peer())
+
+    def name_version(self, version: str) -> None:
+        self._context.set_trailing_metadata(version_metadata(version))
 
     def send(self, *response: Bytes) -> None:
         self._response = b"".join(response)

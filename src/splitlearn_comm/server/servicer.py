@@ -38,6 +38,7 @@ from splitlearn_comm.core.packed import Output, Rows
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server.backend import ComputeBackend, Inferences, Opened
 from splitlearn_comm.server.direct import Call as DirectCall
+from splitlearn_comm.server.direct import version_metadata
 from splitlearn_comm.server.forward import NO_DEADLINE_S, Forward, WaitingCall
 from splitlearn_comm.server.forwards import ForwardTarget, ForwardTargets
 from splitlearn_comm.server.messages import (
@@ -358,6 +359,8 @@ class ComputeServicer:
                 # Moving to the processor waits for a GPU, whose work is part of the time.
                 output = on_cpu(computed.output)
             computed_ms = (self._clock() - started_s) * 1000
+            if opened.version:
+                call.context.set_trailing_metadata(version_metadata(opened.version))
             if computed.present is not None:
                 response.present_key_values.extend(encode_cache(computed.present, codec))
             return b"".join(

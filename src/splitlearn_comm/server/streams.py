@@ -168,6 +168,7 @@ class StreamedCall:
         self.counted = False
         self._stream = stream
         self._withdrawn = False
+        self._version = ""
         self._until_s = (
             time.monotonic() + streamed.timeout_s if streamed.HasField("timeout_s") else None
         )
@@ -187,6 +188,9 @@ class StreamedCall:
     def withdraw(self) -> None:
         """Nobody waits for it any more."""
         self._withdrawn = True
+
+    def name_version(self, version: str) -> None:
+        self._version = version
 
     def send(self, *response: Bytes) -> None:
         self._answer(frames.enclose(response, self._id()))
@@ -218,7 +222,8 @@ class StreamedCall:
         self._stream.answer(self, None if self._withdrawn else frame)
 
     def _id(self) -> bytes:
-        return compute_pb2.StreamedResponse(id=self.number).SerializeToString()
+        told = compute_pb2.StreamedResponse(id=self.number, version=self._version)
+        return told.SerializeToString()
 
 
 class _Aborted(Exception):
@@ -235,6 +240,11 @@ class _StreamedContext:
         self.time_remaining = call.remaining_s
         self.is_active = call.active
         self.peer = call.peer
+        self._call = call
+
+    def set_trailing_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        for _, version in metadata:
+            self._call.name_version(version)
 
     def abort(self, status: grpc.StatusCode, details: str) -> NoReturn:
         raise _Aborted(status, details)

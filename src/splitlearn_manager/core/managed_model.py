@@ -99,6 +99,11 @@ class ManagedModel:
         return self._leases == 0
 
     @property
+    def version(self) -> str:
+        """What callers are told of which version answers: the generation."""
+        return str(self.spec.generation)
+
+    @property
     def traffic(self) -> Traffic:
         """The requests that have ended so far."""
         return Traffic(self.requests, self.errors, self.busy_s)

@@ -24,6 +24,7 @@ class ModelReading:
         conditions: type and status of each.
         next_retry_at: unix time of the next try of a failed load; None if no time is set.
         estimated_mb: what its weights were thought to take before they were loaded; None if nothing told.
+        versions: generation, requests and failed ones of each that serves or is tried.
         weights_mb, activations_mb: what its latest load measured; None if none did.
     """
 
@@ -38,6 +39,7 @@ class ModelReading:
     estimated_mb: float | None = None
     weights_mb: float | None = None
     activations_mb: float | None = None
+    versions: Sequence[tuple[int, int, int]] = ()
 
 
 Series = tuple[tuple[str, ...], float]
@@ -84,6 +86,16 @@ def _measured(reading: ModelReading) -> Iterator[Series]:
         yield (reading.model_id, "weights"), reading.weights_mb
     if reading.activations_mb is not None:
         yield (reading.model_id, "activations"), reading.activations_mb
+
+
+def _requests(reading: ModelReading) -> Iterator[Series]:
+    for generation, requests, _ in reading.versions:
+        yield (reading.model_id, str(generation)), requests
+
+
+def _errors(reading: ModelReading) -> Iterator[Series]:
+    for generation, _, errors in reading.versions:
+        yield (reading.model_id, str(generation)), errors
 
 
 _FAMILIES = (
@@ -135,6 +147,18 @@ _FAMILIES = (
         "Memory that the latest load measured, in MB: weights, and activations of the largest batch.",
         ("model_id", "part"),
         _measured,
+    ),
+    _Family(
+        "splitlearn_version_requests",
+        "Requests that a version has ended since it was loaded, of those that serve or are tried.",
+        ("model_id", "generation"),
+        _requests,
+    ),
+    _Family(
+        "splitlearn_version_errors",
+        "Those of them that failed.",
+        ("model_id", "generation"),
+        _errors,
     ),
 )
 

@@ -32,6 +32,11 @@ _FIX = {
     "WarmupFailed": "correct config.input_shape, or the model; `warmup: false` serves it untried",
     "OutOfMemory": "lower max_memory_percent or memory_quota_mb: the device had less than its budget",
     "HubUnreachable": "bring the network back, or cache the revision on this machine",
+    "RolloutFailed": "correct the version, or widen its `rollout` rules; the old one goes on serving",
+    "RolloutAborted": "go back to the old version in its file, or put a better one in place",
+    "GoldenMismatch": "correct the weights, or record what is right (`golden`) while it serves",
+    "AnswersDiffer": "raise verify.max_difference if the change is meant",
+    "NotFinite": "look for damaged weights; the old version goes on serving",
     "LoadTimeout": "raise load_timeout_s if the load is only slow; if its code hangs, correct that",
     "WorkerDied": "read what it printed before, in the node's log (event=WorkerOutput); if the system "
     "ended it for memory, give it more",
@@ -47,7 +52,8 @@ def for_failure(facts: Facts, reason: str) -> tuple[str, ...]:
     waiting = facts.waiting
     if facts.failed_attempt is None:
         return tuple(found)  # no load was tried: only a change helps
-    if waiting is not None and waiting.failed and waiting.until_s is not None:
+    is_rollout = reason in ("RolloutFailed", "RolloutAborted")
+    if waiting is not None and waiting.failed and (waiting.until_s is not None or is_rollout):
         found.append(f"`retry {facts.model_id}` tries it at once")
     if facts.hung is not None:
         found.append("start the node anew: a load that hangs cannot be stopped")

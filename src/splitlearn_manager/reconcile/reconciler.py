@@ -166,6 +166,8 @@ class Reconciler:
         for model_id, kept in record.models.items():
             if (spec := kept.to_go_back_to) is not None:
                 self._memory.served[model_id] = spec
+            if (attempt := kept.ended_rollout) is not None:
+                self._memory.attempts[model_id] = attempt
             if kept.measured:
                 self._manager.restore_measurements(model_id, kept.measured)
                 self._memory.measured.add(model_id)

@@ -24,12 +24,14 @@ from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.desired.state import DesiredModel, SourceRef
 from splitlearn_manager.errors import ConfigError
 from splitlearn_manager.reconcile import measured_text
+from splitlearn_manager.reconcile.backoff import Attempt
 
 VERSION = 1
 HISTORY_KEPT = 20
 
 _MARKS = ("guarded", "uncounted", "contested", "unclaimed")
 """Of a `DesiredModel`: what the files said about it last, which a new process must go on from."""
+ROLLOUTS_TAKEN_BACK = ("RolloutFailed", "RolloutAborted")
 READY = "Ready"
 """Outcome of a version that has served."""
 
@@ -70,6 +72,30 @@ class ModelRecord:
     suspended: bool = False
     history: tuple[HistoryEntry, ...] = ()
     measured: tuple[Measurement, ...] = ()
+
+    @property
+    def ended_rollout(self) -> Attempt | None:
+        """The rollout of the accepted version, if it was taken back: a new process begins it no more."""
+        outcome = self.history[-1].outcome if self.history else ""
+        accepted = self.accepted
+        if outcome not in ROLLOUTS_TAKEN_BACK or accepted.weights is None:
+            return None
+        return Attempt(
+            ModelSpec(
+                accepted.config,
+                accepted.spec_hash,
+                accepted.load_hash,
+                accepted.weights,
+                accepted.generation,
+            ),
+            failures=1,
+            retry_at_s=None,
+            reason=outcome,
+            message=(
+                f"generation {accepted.generation} was taken back while it was tried, before the node was "
+                "started anew"
+            ),
+        )
 
     @property
     def to_go_back_to(self) -> ModelSpec | None:

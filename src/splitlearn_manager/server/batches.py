@@ -167,7 +167,8 @@ def end(how: Callable[P, None], *arguments: P.args, **named: P.kwargs) -> None:
 def answer(waiting: Waiting, output: Rows, computed_ms: float) -> None:
     """Send the answer, and give the lease back."""
     with waiting.lease as lease:
-        waiting.inference.answer(lease.instance.model_id, output, computed_ms)
+        instance = lease.instance
+        waiting.inference.answer(instance.model_id, output, computed_ms, instance.version)
 
 
 def refuse(waiting: Waiting, error: ComputeError) -> None:

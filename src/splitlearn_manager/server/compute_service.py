@@ -145,7 +145,10 @@ class ManagedBackend:
                 raise NotReady(f"model {lease.instance.model_id!r} is being unloaded")
             try:
                 with working_for(remaining_s):
-                    yield Opened(lease.instance.model_id, running.compute_function, self._codec)
+                    instance = lease.instance
+                    yield Opened(
+                        instance.model_id, running.compute_function, self._codec, instance.version
+                    )
             except OutOfMemory as error:
                 self._manager.ran_out_of_memory(lease.instance, error.batch)
                 raise

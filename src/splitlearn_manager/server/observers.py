@@ -122,6 +122,11 @@ class MetricsFeed:
                     estimated_mb=sizes.estimated_mb,
                     weights_mb=sizes.weights_mb,
                     activations_mb=sizes.activations_mb,
+                    versions=[
+                        (view.spec.generation, view.requests, view.errors)
+                        for view in facts.views
+                        if view.state is State.READY or view.trial
+                    ],
                 )
             )
         return readings

@@ -68,8 +68,8 @@ class _Followed:
         self.check_wanted = inference.check_wanted
         self.refuse = inference.refuse
 
-    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
-        self._inference.answer(model_id, output, computed_ms)
+    def answer(self, model_id: str, output: Rows, computed_ms: float, version: str = "") -> None:
+        self._inference.answer(model_id, output, computed_ms, version)
         try:
             self._then(output.tensor().clone())  # type: ignore[operator]
         except Exception:
@@ -91,7 +91,7 @@ class _Shadow:
         if self._version.trial is None:
             raise DeadlinePassed("the trial is over; nothing was computed")
 
-    def answer(self, model_id: str, output: Rows, computed_ms: float) -> None:
+    def answer(self, model_id: str, output: Rows, computed_ms: float, version: str = "") -> None:
         trial = self._version.trial
         if trial is not None:
             trial.compared += 1
