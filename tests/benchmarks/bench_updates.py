@@ -1,8 +1,8 @@
 """A model is changed every second while 32 clients call it, in a thread and in a process of its own.
 
 A quiet time comes first, in the same run, to compare with. Every answer must be that of one version, none may
-fail, and no caller may see an older version after a newer one. Prints latencies; draws docs/updates.svg from the
-run in a thread.
+fail, and no caller may see an older version after a newer one. Prints latencies; draws docs/updates.svg from
+the run in a thread.
 """
 
 from __future__ import annotations
