@@ -18,7 +18,7 @@ help:
 	@echo 'make check     formatting, lint, types, one-way imports'
 	@echo 'make format    format the code and fix what ruff can fix'
 	@echo 'make bench     measure edit-to-answer latency, request cost, memory, and large directories'
-	@echo 'make bench-peers  our node beside mosec and LitServe, installed into $(VENV)-peers: docs/benchmarks.md'
+	@echo 'make bench-peers  our node beside mosec, LitServe and MLServer, installed into $(VENV)-peers: docs/benchmarks.md'
 	@echo 'make simulate  the whole loop on a simulated machine: EPISODES=2000 from FIRST=0; SEED=n shows one'
 	@echo 'make mutants   seeded bugs, each of which the simulation must find: a table; ONLY="words of a name"'
 	@echo 'make chaos     real faults on real processes: STARTS=200 kills, swaps, full disks, dead watchers'

@@ -55,6 +55,8 @@ ALL_SYSTEMS = (
     "ours, streams",
     "mosec",
     "LitServe",
+    "MLServer",
+    "MLServer, bytes",
 )
 SYSTEMS = os.environ.get("SYSTEMS", ";".join(ALL_SYSTEMS)).split(";")
 IS_USUAL = not any(name in os.environ for name in (*USUAL, "MODELS", "SYSTEMS"))
@@ -83,6 +85,7 @@ PEERS = (
         path="/inference",
     ),
     Peer("litserve_server.py", {"LitServe": "http"}, path="/predict"),
+    Peer("mlserver_server.py", {"MLServer": "v2-grpc", "MLServer, bytes": "v2-grpc-bytes"}),
 )
 
 

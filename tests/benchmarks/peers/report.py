@@ -17,16 +17,23 @@ COLORS = {
     "ours, streams": "#7fb2d6",
     "mosec": "#c98a1b",
     "LitServe": "#b3402a",
+    "MLServer": "#4f7f4f",
+    "MLServer, bytes": "#a3c79d",
 }
 VERSIONS = {
     "mosec": "mosec 0.9.8",
     "LitServe": "LitServe 0.2.19",
+    "MLServer": "MLServer 1.7.1",
 }
 _HOW = """\
 All servers run the same modules from one file, in one process that computes, with one thread within a
 forward (`OMP_NUM_THREADS=1`), and join up to 32 requests with the least wait that they take. Ours is
 called by the unary calls of wire 1.0 and over streams. mosec and LitServe are called by HTTP with
-raw bytes over a socket that does no more than it must. Clients run beside the servers on the
+raw bytes over a socket that does no more than it must.
+MLServer's HTTP carries numbers as JSON only, so it is called by gRPC, in two ways: "MLServer" with
+tensors of FP32 and its numpy codec, which joins requests of one shape only, and "MLServer, bytes" with
+tensors of BYTES that the model reads itself. Its model runs in the server's own process, which was the
+faster way here. Clients run beside the servers on the
 same processors, in a closed loop, with requests that are encoded beforehand. Each server's answers were
 compared with the model's own first. Figures are medians, with the least and the most in parentheses; where
 a server could not be measured, its row says why, in its own words."""
