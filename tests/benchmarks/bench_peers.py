@@ -57,6 +57,7 @@ ALL_SYSTEMS = (
     "LitServe",
     "MLServer",
     "MLServer, bytes",
+    "Triton",
 )
 SYSTEMS = os.environ.get("SYSTEMS", ";".join(ALL_SYSTEMS)).split(";")
 IS_USUAL = not any(name in os.environ for name in (*USUAL, "MODELS", "SYSTEMS"))
@@ -86,6 +87,7 @@ PEERS = (
     ),
     Peer("litserve_server.py", {"LitServe": "http"}, path="/predict"),
     Peer("mlserver_server.py", {"MLServer": "v2-grpc", "MLServer, bytes": "v2-grpc-bytes"}),
+    Peer("triton_server.py", {"Triton": "v2-http"}, path="/v2/models/{model}/infer"),
 )
 
 
