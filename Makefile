@@ -18,7 +18,7 @@ help:
 	@echo 'make check     formatting, lint, types, one-way imports'
 	@echo 'make format    format the code and fix what ruff can fix'
 	@echo 'make bench     measure edit-to-answer latency, request cost, memory, and large directories'
-	@echo 'make bench-peers  our node beside mosec and LitServe, installed into $(VENV)-peers: docs/benchmarks.md'
+	@echo 'make bench-peers  our node beside mosec, LitServe, MLServer and Triton, installed into $(VENV)-peers: docs/benchmarks.md'
 	@echo 'make simulate  the whole loop on a simulated machine: EPISODES=2000 from FIRST=0; SEED=n shows one'
 	@echo 'make mutants   seeded bugs, each of which the simulation must find: a table; ONLY="words of a name"'
 	@echo 'make chaos     real faults on real processes: STARTS=200 kills, swaps, full disks, dead watchers'
@@ -61,9 +61,11 @@ $(BENCH): $(READY)
 bench: $(BENCH)
 	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s --ignore tests/benchmarks/bench_peers.py
 
-$(PEERS): tests/benchmarks/peers/requirements.txt
+# Triton's package is for Linux on x86-64 only; elsewhere its rows say that it is not measured.
+$(PEERS): tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/requirements-alone.txt
 	$(PYTHON) -m venv $(VENV)-peers
 	$(VENV)-peers/bin/python -m pip install --quiet -r tests/benchmarks/peers/requirements.txt
+	-$(VENV)-peers/bin/python -m pip install --quiet --no-deps -r tests/benchmarks/peers/requirements-alone.txt
 	@touch $@
 
 bench-peers: $(BENCH) $(PEERS)

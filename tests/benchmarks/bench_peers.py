@@ -7,6 +7,7 @@ the least wait that it takes. All of them, and the clients, share the machine's 
 Printed, and written to docs/benchmarks.md and its picture by a run of the usual size: requests a second, the
 50th and 99th percentile of a request's time, milliseconds of processor time of the server for each request,
 and the server's memory. Before anything is measured, each server's answers are compared with the model's own.
+A server that does not start or answer here is not left out in silence: its rows say why, in its own words.
 
 `make bench-peers`. ROUNDS (3), SECONDS (3), MODELS, SYSTEMS, CLIENTS choose less; ROWS is a file for the
 figures.
@@ -20,11 +21,12 @@ import socket
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import grpc
 import psutil
 import torch
 
@@ -37,6 +39,7 @@ sys.path.insert(0, str(HERE))
 import load_client  # noqa: E402
 import models  # noqa: E402
 import report  # noqa: E402
+import v2  # noqa: E402
 import wire  # noqa: E402
 
 PYTHON_OF_PEERS = Path(__file__).parents[2] / ".venv-peers" / "bin" / "python"
@@ -47,10 +50,45 @@ ROUNDS = int(os.environ.get("ROUNDS", USUAL["ROUNDS"]))
 SECONDS = float(os.environ.get("SECONDS", USUAL["SECONDS"]))
 CLIENTS = [int(n) for n in os.environ.get("CLIENTS", USUAL["CLIENTS"]).split(",")]
 MODELS = os.environ.get("MODELS", ",".join(models.NAMES)).split(",")
-ALL_SYSTEMS = ("ours", "ours, streams", "mosec", "LitServe")
+ALL_SYSTEMS = (
+    "ours",
+    "ours, streams",
+    "mosec",
+    "LitServe",
+    "MLServer",
+    "MLServer, bytes",
+    "Triton",
+)
 SYSTEMS = os.environ.get("SYSTEMS", ";".join(ALL_SYSTEMS)).split(";")
 IS_USUAL = not any(name in os.environ for name in (*USUAL, "MODELS", "SYSTEMS"))
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+STARTS_WITHIN_S = 120
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server of others: its script, what comes before the port, and its HTTP path.
+
+    It is measured once for each of the kinds of requests that it is sent.
+    """
+
+    script: str
+    kinds: dict[str, str]
+    port_option: tuple[str, ...] = ()
+    path: str = ""
+
+
+PEERS = (
+    Peer(
+        "mosec_server.py",
+        {"mosec": "http"},
+        port_option=("--address", "127.0.0.1", "--port"),
+        path="/inference",
+    ),
+    Peer("litserve_server.py", {"LitServe": "http"}, path="/predict"),
+    Peer("mlserver_server.py", {"MLServer": "v2-grpc", "MLServer, bytes": "v2-grpc-bytes"}),
+    Peer("triton_server.py", {"Triton": "v2-http"}, path="/v2/models/{model}/infer"),
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +99,10 @@ class Serving:
     address: str
     path: str
     pid: int
+
+
+class CannotServe(Exception):
+    """A server of others did not start, or did not answer; with its own words."""
 
 
 @dataclass(frozen=True)
@@ -102,33 +144,76 @@ def our_node(name: str, directory: Path) -> Iterator[Serving]:
 
 
 @contextmanager
-def peer(script: str, port_option: tuple[str, ...], path: str, name: str) -> Iterator[Serving]:
+def peer_node(peer: Peer, kind: str, name: str, files: Path) -> Iterator[Serving]:
+    """The server, answering; what it writes and says is kept in `files`.
+
+    Triton hands that path to a shell unquoted, so it must have no spaces.
+    """
     port = free_port()
-    command = [str(PYTHON_OF_PEERS), script, *port_option, str(port)]
-    environment = {**os.environ, **ONE_THREAD, "PEER_MODEL": name}
-    with subprocess.Popen(
-        command,
-        cwd=HERE,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
+    command = [str(PYTHON_OF_PEERS), peer.script, *peer.port_option, str(port)]
+    files.mkdir(parents=True)
+    environment = {**os.environ, **ONE_THREAD, "PEER_MODEL": name, "PEER_FILES": str(files)}
+    said = files / "said.txt"
+    with (
+        said.open("wb") as output,
+        subprocess.Popen(
+            command,
+            cwd=HERE,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        ) as process,
+    ):
         try:
-            serving = Serving("http", f"127.0.0.1:{port}", path, process.pid)
-            eventually(lambda: _answers(serving, name), f"{script} answers", 120)
+            path = peer.path.format(model=name)
+            serving = Serving(kind, f"127.0.0.1:{port}", path, process.pid)
+            _wait_for_answer(serving, name, process, said)
             yield serving
         finally:
-            for child in psutil.Process(process.pid).children(recursive=True):
-                child.terminate()
-            process.terminate()
-            process.wait(20)
+            _end(process)
+
+
+def _wait_for_answer(
+    serving: Serving, name: str, process: subprocess.Popen[bytes], said: Path
+) -> None:
+    def looked() -> bool:
+        if process.poll() is not None:
+            raise CannotServe(_last_line(said.read_text(errors="replace")))
+        return _answers(serving, name)
+
+    try:
+        eventually(looked, "it answers", STARTS_WITHIN_S)
+    except AssertionError:
+        last = _last_line(said.read_text(errors="replace"))
+        raise CannotServe(f"no answer within {STARTS_WITHIN_S} s; it said: {last}") from None
+
+
+def _last_line(text: str) -> str:
+    """Where a traceback or a server that gives up says why."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "nothing"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The process, then those of its own that it left behind."""
+    if process.poll() is not None:
+        return
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    try:
+        process.wait(20)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    for child in children:
+        with suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 def _answers(serving: Serving, name: str) -> bool:
     try:
-        ask_http(serving, models.inputs(name)[0])
-    except (OSError, AssertionError):
+        ask(serving, name, models.inputs(name)[0])
+    except (OSError, AssertionError, CannotServe):
         return False
     return True
 
@@ -136,13 +221,26 @@ def _answers(serving: Serving, name: str) -> bool:
 def ask_http(serving: Serving, tensor: torch.Tensor) -> torch.Tensor:
     host, port = serving.address.rsplit(":", 1)
     with socket.create_connection((host, int(port)), 30) as connection:
-        connection.sendall(load_client.encoded("http", serving.path, "", tensor))
-        return wire.unpacked(load_client.read_answer(connection))
+        connection.sendall(load_client.encoded(serving.kind, serving.path, "", tensor))
+        head, body = load_client.read_answer(connection)
+    return wire.unpacked(body) if serving.kind == "http" else v2.http_answer(head, body)
+
+
+def ask_v2_grpc(serving: Serving, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    with grpc.insecure_channel(serving.address) as channel:
+        request = load_client.encoded(serving.kind, "", name, tensor)
+        try:
+            answer: bytes = channel.unary_unary(v2.METHOD)(request, timeout=30)
+        except grpc.RpcError as error:
+            raise CannotServe(f"{error.code().name}: {error.details()}") from None
+    return v2.grpc_answer(answer) if serving.kind == "v2-grpc" else v2.grpc_answer_in_bytes(answer)
 
 
 def ask(serving: Serving, name: str, tensor: torch.Tensor) -> torch.Tensor:
-    if serving.kind == "http":
+    if serving.kind in ("http", "v2-http"):
         return ask_http(serving, tensor)
+    if serving.kind.startswith("v2-grpc"):
+        return ask_v2_grpc(serving, name, tensor)
     from splitlearn_comm import GRPCComputeClient
 
     with GRPCComputeClient(serving.address) as client:
@@ -180,11 +278,12 @@ def measured(system: str, serving: Serving, name: str, clients: int) -> Row:
     before = cpu_s(serving.pid)
     done = subprocess.run(
         [sys.executable, str(HERE / "load_client.py"), *arguments],
-        check=True,
         capture_output=True,
         text=True,
         timeout=SECONDS + 120,
     )
+    if done.returncode != 0:
+        raise CannotServe(_last_line(done.stderr))
     found = json.loads(done.stdout)
     spent_s = cpu_s(serving.pid) - before
     return Row(
@@ -199,33 +298,80 @@ def measured(system: str, serving: Serving, name: str, clients: int) -> Row:
     )
 
 
+class Results:
+    """What was measured, and what could not be; ours always can."""
+
+    def __init__(self) -> None:
+        self.rows: list[Row] = []
+        self.missing: list[report.Missing] = []
+
+    def begin(self, system: str, serving: Serving, name: str) -> None:
+        """Its answers compared, and a measurement that counts for nothing."""
+        try:
+            check_answers(system, serving, name)
+            measured(system, serving, name, 1)
+        except CannotServe as failure:
+            self.leave_out(system, name, CLIENTS, failure)
+
+    def measure(self, system: str, serving: Serving, name: str, clients: int) -> None:
+        if self._is_missing(system, name, clients):
+            return
+        try:
+            self.rows.append(measured(system, serving, name, clients))
+        except CannotServe as failure:
+            self.leave_out(system, name, [clients], failure)
+
+    def leave_out(self, system: str, name: str, loads: Sequence[int], failure: CannotServe) -> None:
+        """Rounds that went well before do not stand for one that did not."""
+        if system.startswith("ours"):
+            raise failure
+        self.missing += [report.Missing(system, name, load, str(failure)) for load in loads]
+        self.rows = [r for r in self.rows if not self._is_missing(r.system, r.model, r.clients)]
+
+    def _is_missing(self, system: str, name: str, clients: int) -> bool:
+        return (system, name, clients) in {(m.system, m.model, m.clients) for m in self.missing}
+
+
+def start_peers(
+    stack: ExitStack, name: str, files: Path, results: Results
+) -> Iterator[tuple[str, Serving]]:
+    for peer in PEERS:
+        kinds = {system: kind for system, kind in peer.kinds.items() if system in SYSTEMS}
+        if not kinds:
+            continue
+        first = next(iter(kinds.values()))
+        try:
+            serving = stack.enter_context(peer_node(peer, first, name, files / peer.script))
+        except CannotServe as failure:
+            for system in kinds:
+                results.leave_out(system, name, CLIENTS, failure)
+            continue
+        for system, kind in kinds.items():
+            yield system, replace(serving, kind=kind)
+
+
 def test_peers(tmp_path: Path) -> None:
-    rows: list[Row] = []
+    results = Results()
     for name in MODELS:
         with ExitStack() as stack:
             up: dict[str, Serving] = {}
             if any(system.startswith("ours") for system in SYSTEMS):
                 ours = stack.enter_context(our_node(name, tmp_path / name))
                 up |= {system: ours for system in SYSTEMS if system.startswith("ours")}
-            if "mosec" in SYSTEMS:
-                options = ("--address", "127.0.0.1", "--port")
-                up["mosec"] = stack.enter_context(
-                    peer("mosec_server.py", options, "/inference", name)
-                )
-            if "LitServe" in SYSTEMS:
-                up["LitServe"] = stack.enter_context(
-                    peer("litserve_server.py", (), "/predict", name)
-                )
+            up |= start_peers(stack, name, tmp_path / f"peers-{name}", results)
             for system, serving in up.items():
-                check_answers(system, serving, name)
-                measured(system, serving, name, 1)
+                results.begin(system, serving, name)
             for _ in range(ROUNDS):
                 for clients in CLIENTS:
                     for system, serving in up.items():
-                        rows.append(measured(system, serving, name, clients))
-        print(f"\n{name}\n{report.table([row for row in rows if row.model == name])}")
+                        results.measure(system, serving, name, clients)
+        print(f"\n{name}\n{report.table(name, results.rows, results.missing)}")
     if "ROWS" in os.environ:
-        Path(os.environ["ROWS"]).write_text(json.dumps([asdict(row) for row in rows]))
+        found = {
+            "rows": [asdict(row) for row in results.rows],
+            "missing": [asdict(one) for one in results.missing],
+        }
+        Path(os.environ["ROWS"]).write_text(json.dumps(found))
     if IS_USUAL:
-        report.write(PAGE, rows, ROUNDS, SECONDS)
-    assert statistics.median(row.per_second for row in rows) > 0
+        report.write(PAGE, results.rows, results.missing, ROUNDS, SECONDS)
+    assert statistics.median(row.per_second for row in results.rows) > 0

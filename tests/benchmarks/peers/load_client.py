@@ -1,8 +1,11 @@
 """Callers in a closed loop: `python load_client.py KIND ADDRESS PATH MODEL CLIENTS SECONDS`; prints JSON.
 
-grpc    unary calls of wire 1.0
-stream  one ComputeStream for each caller
-http    one connection kept open for each caller, with as little of HTTP as the servers need
+grpc           unary calls of wire 1.0
+stream         one ComputeStream for each caller
+http           one connection kept open for each caller, with as little of HTTP as the servers need
+v2-http        the same, with requests of the open inference protocol
+v2-grpc        unary calls of the open inference protocol, with a tensor of FP32
+v2-grpc-bytes  the same, with a tensor of one element of BYTES
 
 Requests are encoded beforehand, and answers are read but not decoded. Each caller has a thread and a
 connection.
@@ -15,16 +18,18 @@ import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
 import grpc
 import models
 import torch
+import v2
 import wire
 
 SERVICE = "/splitlearn.comm.ComputeService"
+METHODS = {"grpc": f"{SERVICE}/Compute", "v2-grpc": v2.METHOD, "v2-grpc-bytes": v2.METHOD}
 DEADLINE_S = 30
 
 
@@ -37,6 +42,12 @@ def encoded(kind: str, path: str, name: str, tensor: torch.Tensor) -> bytes:
             f"Content-Length: {len(body)}\r\n\r\n"
         )
         return head.encode() + body
+    if kind == "v2-http":
+        return v2.http_request(path, tensor)
+    if kind == "v2-grpc":
+        return v2.grpc_request(name, tensor)
+    if kind == "v2-grpc-bytes":
+        return v2.grpc_request_in_bytes(name, tensor)
     from splitlearn_comm.core import TensorCodec
     from splitlearn_comm.protocol import compute_pb2
 
@@ -57,8 +68,8 @@ def over_http(address: str, requests: Iterator[bytes], took: list[float], until:
             took.append(perf_counter() - began)
 
 
-def read_answer(connection: socket.socket) -> bytes:
-    """The body of one answer; anything but 200 ends the measurement."""
+def read_answer(connection: socket.socket) -> tuple[bytes, bytes]:
+    """Head and body of one answer; anything but 200 ends the measurement."""
     received = b""
     while b"\r\n\r\n" not in received:
         part = connection.recv(1 << 16)
@@ -76,7 +87,7 @@ def read_answer(connection: socket.socket) -> bytes:
         parts.append(connection.recv(1 << 18))
         assert parts[-1], "the answer is cut short"
         have += len(parts[-1])
-    return b"".join(parts)
+    return head, b"".join(parts)
 
 
 def channel_to(address: str, number: int) -> grpc.Channel:
@@ -86,10 +97,15 @@ def channel_to(address: str, number: int) -> grpc.Channel:
 
 
 def over_calls(
-    address: str, requests: Iterator[bytes], took: list[float], until: float, number: int
+    address: str,
+    requests: Iterator[bytes],
+    took: list[float],
+    until: float,
+    number: int,
+    method: str,
 ) -> None:
     with channel_to(address, number) as channel:
-        call = channel.unary_unary(f"{SERVICE}/Compute")
+        call = channel.unary_unary(method)
         while (began := perf_counter()) < until:
             call(next(requests), timeout=DEADLINE_S)
             took.append(perf_counter() - began)
@@ -122,11 +138,18 @@ def main(kind: str, address: str, path: str, name: str, clients: int, seconds: f
     def caller(number: int) -> None:
         requests = itertools.islice(itertools.cycle(frames), number, None)
         took = all_took[number]
-        run: Callable[..., None] = {"grpc": over_calls, "stream": over_stream}.get(kind, over_http)
-        run(address, requests, took, until, *([number] if kind != "http" else []))
+        if kind in METHODS:
+            over_calls(address, requests, took, until, number, METHODS[kind])
+        elif kind == "stream":
+            over_stream(address, requests, took, until, number)
+        else:
+            over_http(address, requests, took, until)
 
     with ThreadPoolExecutor(clients) as threads:
-        list(threads.map(caller, range(clients)))
+        try:
+            list(threads.map(caller, range(clients)))
+        except grpc.RpcError as error:
+            sys.exit(f"{error.code().name}: {error.details()}")
     took = sorted(itertools.chain.from_iterable(all_took))
     assert took, "nothing was answered"
     found = {

@@ -6,26 +6,46 @@ import os
 import platform
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-COLORS = {"ours": "#1f5f8b", "ours, streams": "#7fb2d6", "mosec": "#c98a1b", "LitServe": "#b3402a"}
+COLORS = {
+    "ours": "#1f5f8b",
+    "ours, streams": "#7fb2d6",
+    "mosec": "#c98a1b",
+    "LitServe": "#b3402a",
+    "MLServer": "#4f7f4f",
+    "MLServer, bytes": "#a3c79d",
+    "Triton": "#6d5a94",
+}
+VERSIONS = {
+    "mosec": "mosec 0.9.8",
+    "LitServe": "LitServe 0.2.19",
+    "MLServer": "MLServer 1.7.1",
+    "Triton": "Triton 2.51.0 (the tritonserver of nvidia-pytriton 0.7.0)",
+}
 _HOW = """\
 All servers run the same modules from one file, in one process that computes, with one thread within a
 forward (`OMP_NUM_THREADS=1`), and join up to 32 requests with the least wait that they take. Ours is
-called by the unary calls of wire 1.0 and over streams, the others by HTTP with raw bytes over a socket
-that does no more than it must. Clients run beside the servers on the same processors, in a closed loop,
-with requests that are encoded beforehand. Each server's answers were compared with the model's own
-first. Figures are medians, with the least and the most in parentheses."""
+called by the unary calls of wire 1.0 and over streams. mosec, LitServe and Triton are called by HTTP with
+raw bytes (Triton's in the binary form of the open inference protocol) over a socket that does no more than
+it must. MLServer's HTTP carries numbers as JSON only, so it is called by gRPC, in two ways: "MLServer" with
+tensors of FP32 and its numpy codec, which joins requests of one shape only, and "MLServer, bytes" with
+tensors of BYTES that the model reads itself. Its model runs in the server's own process, which was the
+faster way here; Triton's runs in the process of its python backend. Clients run beside the servers on the
+same processors, in a closed loop, with requests that are encoded beforehand. Each server's answers were
+compared with the model's own first. Figures are medians, with the least and the most in parentheses; where
+a server could not be measured, its row says why, in its own words."""
 _BOUND = """\
 What bounds ours: with one client the forward and gRPC's own work. With many, and a forward of less than
 a millisecond, what a request costs around its forward: of 0.55 ms at 32 clients of the MLP, 0.31 are the
 forward, 0.12 gRPC's events on its polling thread, 0.04 sending and 0.03 encoding the answer; Python's
-lock lets one thread at a time do that. A server whose transport is not Python (mosec's is Rust) has less
-of it. And gRPC's client for Python, which runs on the same two processors, takes several times as long
-for a request as a raw socket does."""
+lock lets one thread at a time do that. A server whose transport is not Python (mosec's is Rust, Triton's
+C++) has less of it. And gRPC's client for Python, which runs on the same two processors, takes several
+times as long for a request as a raw socket does."""
 
 
 class Row(Protocol):
@@ -49,29 +69,59 @@ class Row(Protocol):
     def memory_mb(self) -> float: ...
 
 
+@dataclass(frozen=True)
+class Missing:
+    """What could not be measured, and why."""
+
+    system: str
+    model: str
+    clients: int
+    why: str
+
+
 def _spread(values: Sequence[float], form: str) -> str:
     middle = format(statistics.median(values), form)
     return f"{middle} ({format(min(values), form)}–{format(max(values), form)})"
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(model: str, rows: Sequence[Row], missing: Sequence[Missing]) -> str:
     """One model's rows as Markdown: medians over the rounds, with the least and the most."""
     lines = [
         "| clients | server | requests/s | p50 ms | p99 ms | server CPU ms a request | memory MB |",
         "|---|---|---|---|---|---|---|",
     ]
-    for clients in dict.fromkeys(row.clients for row in rows):
-        for system in dict.fromkeys(row.system for row in rows):
-            found = [r for r in rows if r.clients == clients and r.system == system]
-            cells = (
-                _spread([r.per_second for r in found], ",.0f"),
-                _spread([r.p50_ms for r in found], ".2f"),
-                _spread([r.p99_ms for r in found], ".2f"),
-                _spread([r.cpu_ms for r in found], ".2f"),
-                f"{statistics.median(r.memory_mb for r in found):,.0f}",
-            )
+    both: list[Row | Missing] = [*rows, *missing]
+    known = [one for one in both if one.model == model]
+    for clients in sorted({one.clients for one in known}):
+        for system in sorted({one.system for one in known}, key=_place):
+            found = [r for r in rows if _is_of(r, model, clients, system)]
+            cells = _figures(found) if found else _reason(missing, model, clients, system)
             lines.append(f"| {clients} | {system} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _place(system: str) -> int:
+    """In a table and in a picture."""
+    return list(COLORS).index(system)
+
+
+def _is_of(one: Row | Missing, model: str, clients: int, system: str) -> bool:
+    return (one.model, one.clients, one.system) == (model, clients, system)
+
+
+def _figures(found: Sequence[Row]) -> Sequence[str]:
+    return (
+        _spread([r.per_second for r in found], ",.0f"),
+        _spread([r.p50_ms for r in found], ".2f"),
+        _spread([r.p99_ms for r in found], ".2f"),
+        _spread([r.cpu_ms for r in found], ".2f"),
+        f"{statistics.median(r.memory_mb for r in found):,.0f}",
+    )
+
+
+def _reason(missing: Sequence[Missing], model: str, clients: int, system: str) -> Sequence[str]:
+    why = next(m.why for m in missing if _is_of(m, model, clients, system))
+    return (f"not measured: {why.replace('|', '/')}", "", "", "", "")
 
 
 def against_best(rows: Sequence[Row]) -> str:
@@ -79,30 +129,30 @@ def against_best(rows: Sequence[Row]) -> str:
     lines = ["| model | clients | requests/s | p99 |", "|---|---|---|---|"]
     for model in dict.fromkeys(row.model for row in rows):
         for clients in dict.fromkeys(row.clients for row in rows):
-
-            def median(system: str, of: Callable[[Row], float]) -> float:
-                found = [
-                    of(r)
-                    for r in rows
-                    if (r.model, r.clients, r.system) == (model, clients, system)  # noqa: B023
-                ]
-                return statistics.median(found)
-
-            others = [s for s in dict.fromkeys(r.system for r in rows) if not s.startswith("ours")]
-            most = max(median(s, lambda r: r.per_second) for s in others)
-            shortest = min(median(s, lambda r: r.p99_ms) for s in others)
-            faster = median("ours", lambda r: r.per_second) / most
-            sooner = shortest / median("ours", lambda r: r.p99_ms)
+            found = [row for row in rows if (row.model, row.clients) == (model, clients)]
+            per_second = _medians(found, lambda row: row.per_second)
+            p99_ms = _medians(found, lambda row: row.p99_ms)
+            others = [system for system in per_second if not system.startswith("ours")]
+            faster = per_second["ours"] / max(per_second[system] for system in others)
+            sooner = min(p99_ms[system] for system in others) / p99_ms["ours"]
             lines.append(f"| {model} | {clients} | {faster:.2f} × | {sooner:.2f} × |")
     return "\n".join(lines)
 
 
-def write(page: Path, rows: Sequence[Row], rounds: int, seconds: float) -> None:
+def _medians(rows: Sequence[Row], of: Callable[[Row], float]) -> dict[str, float]:
+    """Each system's."""
+    systems = dict.fromkeys(row.system for row in rows)
+    return {s: statistics.median(of(row) for row in rows if row.system == s) for s in systems}
+
+
+def write(
+    page: Path, rows: Sequence[Row], missing: Sequence[Missing], rounds: int, seconds: float
+) -> None:
     """The page and its picture."""
     picture = page.with_suffix(".svg")
     draw(picture, rows)
-    names = {"mosec": "mosec 0.9.8", "LitServe": "LitServe 0.2.19"}
-    systems = ", ".join(names.get(s, s) for s in dict.fromkeys(r.system for r in rows))
+    servers = dict.fromkeys(system.split(",")[0] for system in COLORS)
+    systems = ", ".join(VERSIONS.get(server, server) for server in servers)
     parts = [
         "# Beside other servers",
         "",
@@ -124,7 +174,7 @@ def write(page: Path, rows: Sequence[Row], rounds: int, seconds: float) -> None:
         _BOUND,
     ]
     for model in dict.fromkeys(row.model for row in rows):
-        parts += ["", f"## {model}", "", table([row for row in rows if row.model == model])]
+        parts += ["", f"## {model}", "", table(model, rows, missing)]
     page.write_text("\n".join(parts) + "\n")
 
 
@@ -146,7 +196,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
     from matplotlib import pyplot as plt
 
     names = list(dict.fromkeys(row.model for row in rows))
-    systems = list(dict.fromkeys(row.system for row in rows))
+    systems = sorted({row.system for row in rows}, key=_place)
     loads = list(dict.fromkeys(row.clients for row in rows))
     measures: list[tuple[str, Callable[[Row], float]]] = [
         ("requests a second", lambda row: row.per_second),
@@ -160,15 +210,16 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
         for column, name in enumerate(names):
             plot = axes[line][column]
             for place, system in enumerate(systems):
-                groups = [
-                    [of(r) for r in rows if (r.model, r.system, r.clients) == (name, system, load)]
-                    for load in loads
-                ]
-                middles = [statistics.median(group) for group in groups]
-                below = [m - min(g) for m, g in zip(middles, groups, strict=True)]
-                above = [max(g) - m for m, g in zip(middles, groups, strict=True)]
+                found = {
+                    x: [of(r) for r in rows if _is_of(r, name, load, system)]
+                    for x, load in enumerate(loads)
+                }
+                groups = {x: group for x, group in found.items() if group}
+                middles = [statistics.median(group) for group in groups.values()]
+                below = [m - min(g) for m, g in zip(middles, groups.values(), strict=True)]
+                above = [max(g) - m for m, g in zip(middles, groups.values(), strict=True)]
                 plot.bar(
-                    [x + (place - (len(systems) - 1) / 2) * width for x in range(len(loads))],
+                    [x + (place - (len(systems) - 1) / 2) * width for x in groups],
                     middles,
                     width,
                     yerr=[below, above],
