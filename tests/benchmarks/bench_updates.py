@@ -135,7 +135,7 @@ def draw(answered: np.ndarray[Any, Any], began: float, switched: list[float], pa
     latency.set_ylim(bottom=0)
     latency.legend(loc="upper left", frameon=False)
     order = np.argsort(at)
-    step = max(1, len(order) // 4000)
+    step = max(1, len(order) // 1500)
     chosen = order[::step]
     version.plot(
         at[chosen], [version_of(v) for v in answered[chosen, 2]], ".", markersize=2, color="#1f5f8b"
