@@ -58,6 +58,8 @@ def serve(directory: Path, settings: ServerConfig, log_format: LogFormat, *, liv
 
 
 def _serve(server: ManagedServer, signals: _Signals, say: Callable[[Iterable[Text]], None]) -> None:
+    _exempt_from_collection()
+    gc.set_threshold(*_WHILE_SERVING)
     server.start()
     announcer = threading.Thread(
         target=_announce_when_ready, args=(server, signals, say), name="announce", daemon=True
@@ -101,12 +103,23 @@ def files_read(screen: Screen | None, has_models: Callable[[], bool]) -> Callabl
             screen.files_read(done, total)
         gc.set_threshold(*(_WHILE_SERVING if done >= total else _WHILE_READING))
         if done >= total and not has_models():
-            import torch  # noqa: F401 - a third of a million objects, which models need in any case
-
-            gc.collect()
-            gc.freeze()
+            _exempt_from_collection()
 
     return told
+
+
+def _exempt_from_collection() -> None:
+    """Have collections pass over what is there by now, and what models need in any case: it stays.
+
+    PyTorch alone is a fifth of a million objects, and each full collection that goes through them keeps all
+    requests waiting for a tenth of a second.
+    """
+    import splitlearn_manager.core.model_loader
+    import splitlearn_manager.runtime.choice
+    import splitlearn_manager.runtime.verification  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @contextmanager
