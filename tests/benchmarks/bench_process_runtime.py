@@ -11,7 +11,7 @@ import statistics
 import time
 from pathlib import Path
 
-from bench_request_cost import DESIRED, cost_ms, load
+from benchmarks.bench_request_cost import DESIRED, cost_ms, load
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.model_loader import ModelLoader

@@ -59,13 +59,16 @@ class Queue:
         return size if limit is None else min(size, limit)
 
     def is_short(self, limit_s: float) -> bool:
-        """Whether the next batch computes where it is run, and is expected to take no longer than that."""
+        """Whether the next batch is one for the thread that polls: expected to take no longer than that, and
+        not to leave it waiting while another processor computes."""
         config = self.instance.config
         if self.request_s is None or config.max_queue_delay_ms:
             return False
         requests = min(len(self.waiting), self.largest) if self.joins else 1
-        here = self.instance.device == "cpu" and config.runtime != "process"
-        return here and self.request_s * requests <= limit_s
+        if config.runtime == "process" and requests > 1:
+            # While its worker computes, this thread could begin the next requests.
+            return False
+        return self.instance.device == "cpu" and self.request_s * requests <= limit_s
 
     def took(self, requests: int, seconds: float) -> None:
         """Take note of a forward."""
