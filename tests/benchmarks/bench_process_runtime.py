@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from benchmarks.bench_request_cost import DESIRED, cost_ms, load
-
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.runtime.process import ProcessRuntime
