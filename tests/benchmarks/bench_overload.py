@@ -7,7 +7,6 @@ four times as many. Prints, asserts nothing but that all requests ended.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,14 +14,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 
-from benchmarks.bench_request_cost import DESIRED, load
+from benchmarks.bench_request_cost import load
 from support.node import Node
+from support.served import declare
 
 CALLERS = Path(__file__).with_name("overload_callers.py")
 PROCESSES = 2
 SECONDS = 8.0
 MAX_QUEUE = 64
 MB = 2**20
+DEEP = """
+from torch import nn
+
+
+def deep():
+    return nn.Sequential(*(nn.Linear(768, 768) for _ in range(12))).eval()
+"""
+"""A model whose forward takes so long that callers in Python can offer many times what it answers."""
 
 
 def _offer(address: str, per_second: float) -> tuple[float, dict[str, int], list[float]]:
@@ -50,9 +58,9 @@ def _offer(address: str, per_second: float) -> tuple[float, dict[str, int], list
 def test_overload(tmp_path: Path) -> None:
     directory = tmp_path / "desired"
     directory.mkdir()
-    shutil.copy(DESIRED / "quickstart.py", directory)
-    text = (DESIRED / "mlp.yaml").read_text() + f"\nmax_queue: {MAX_QUEUE}\n"
-    (directory / "mlp.yaml").write_text(text)
+    (directory / "deep.py").write_text(DEEP)
+    config = {"input_shape": [1, 10, 768]}
+    declare(directory, "mlp", model_path="deep:deep", max_queue=MAX_QUEUE, config=config)
     with Node(directory, environment={"OMP_NUM_THREADS": "1"}) as node:
         node.wait_phase("mlp", "Ready")
         load(node.address, 32, 1.0)
