@@ -42,3 +42,26 @@ def test_replacing_weights_under_load_fails_no_request_and_mixes_no_versions(
             assert seen[-1] == REPLACEMENTS + 1
         assert loads(node, "versions") == REPLACEMENTS + 1
         assert loads(node, "versions", "failure") == 0
+
+
+def test_an_update_in_the_place_of_the_old_version_keeps_requests_waiting(tmp_path: Path) -> None:
+    """Seen to fail, with refused calls, when a model that makes room answers "try again"."""
+    directory = tmp_path / "desired"
+    directory.mkdir()
+    weights = directory / "versions.pt"
+    save_version(weights, 1)
+    declare(directory, "versions", model_path="versions.pt", update="recreate")
+    with Node(directory, {"settle_s": 0.05, "resync_s": 0.2}) as node:
+        node.wait_phase("versions", "Ready")
+        with Callers(node, "versions", 4) as callers:
+            for version in range(2, 8):
+                save_version(weights, version)
+                callers.wait_for(
+                    lambda expected=version: all(  # type: ignore[misc]
+                        version_of(answers[-1]) == expected for answers in callers.answers
+                    ),
+                    f"all callers are answered by version {version}",
+                )
+        for answers in callers.answers:
+            seen = [version_of(answer) for answer in answers]
+            assert seen == sorted(seen)

@@ -241,6 +241,10 @@ class Reconciler:
         parked = dict(self._memory.parked)
         return tuple(sorted(parked, key=lambda model_id: -parked[model_id]))
 
+    def has_served(self, model_id: str) -> bool:
+        """Whether some version of the model has served, in this process or an earlier one."""
+        return model_id in self._memory.served
+
     def join(self, model_id: str, timeout_s: float) -> Waiter:
         """Notes that a request waits for the model from now on, for `timeout_s` at most."""
         now = self._clock.now()

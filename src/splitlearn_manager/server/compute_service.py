@@ -38,8 +38,9 @@ from splitlearn_manager.server.shadows import Shadows
 _LONGEST_WAIT_S = 60.0
 # Leases are refused only in the microseconds between the swap of the table and the next read of it.
 _LEASE_ROUNDS = 1000
-# Phases are those of the last turn: a model that is Ready and not in the table was parked since.
-_WAKES_ON_REQUEST = frozenset({Phase.EVICTED, Phase.PENDING, Phase.READY})
+# Phases are those of the last turn: a model that is Ready and not in the table was parked since. One that is
+# updated and not in the table makes room for its new version, which is there soon.
+_WAKES_ON_REQUEST = frozenset({Phase.EVICTED, Phase.PENDING, Phase.READY, Phase.UPDATING})
 
 
 def refusal_of(error: SplitlearnError) -> ComputeError:
@@ -205,7 +206,10 @@ class ManagedBackend:
         phases = self._reconciler.status.phases
         known = self._reconciler.names.get(name, ()) if name else self._parked_last()
         for model_id in known:
-            if phases.get(model_id) in _WAKES_ON_REQUEST or self._awaited[model_id]:
+            phase = phases.get(model_id)
+            # One that has served and loads is on its way back, as evicted ones are, or its next version is.
+            returns = phase is Phase.LOADING and self._reconciler.has_served(model_id)
+            if phase in _WAKES_ON_REQUEST or returns or self._awaited[model_id]:
                 return model_id
         if known and name:
             states = ", ".join(f"{m} is {self._reconciler.status.in_short(m)}" for m in known)
