@@ -38,6 +38,8 @@ EXAMPLES = {
     "Basic Server",
     "Client Connection",
     "Many Requests at a Time",
+    "Smaller Messages",
+    "Clients on the Same Machine",
     "Client for asyncio",
     "Configuration from YAML",
     "Multi-Model Server",
@@ -181,6 +183,8 @@ def test_the_basic_server_serves_the_client_until_it_is_stopped(
     # Nothing but the server is needed for the other ways to ask it.
     run("Many Requests at a Time", {}, **{"localhost:50051": f"localhost:{port}"})
     assert capsys.readouterr().out == "torch.Size([1, 10, 768])\n" * 101
+    run("Smaller Messages", {}, **{"localhost:50051": f"localhost:{port}"})
+    assert capsys.readouterr().out == "torch.float16\n"
     run("Client for asyncio", {}, **{"localhost:50051": f"localhost:{port}"})
     assert capsys.readouterr().out == "8\n"
 
@@ -311,6 +315,21 @@ def test_failures_are_exceptions_with_a_reason(
     assert load.startswith("WeightsNotFound: ")
     assert "nowhere.pt" in load
     assert unload == "ModelNotFound: no model 'absent' is loaded"
+
+
+def test_a_client_on_the_same_machine_sends_large_tensors_through_shared_memory(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "node.sock"
+    config = ServerConfig(port=0, metrics_port=0, unix_socket=str(path))
+    with ManagedServer(config) as server:
+        server.load_model(ModelConfig(model_id="m", model_path=str(saved(tmp_path / "m.pt"))))
+        written = "/path/to/desired/node.sock"
+        client = run("Clients on the Same Machine", {}, **{written: str(path)})["client"]
+        assert isinstance(client, GRPCComputeClient)
+        x = torch.randn(1 << 15, 4)
+        assert torch.equal(client.compute(x, "m"), x)
+        client.close()
 
 
 def test_every_error_and_every_reason_is_in_the_document() -> None:

@@ -176,6 +176,8 @@ def test_nothing_else_is_exposed() -> None:
         "splitlearn_model_next_retry_timestamp_seconds": "gauge",
         "splitlearn_model_estimated_mb": "gauge",
         "splitlearn_model_measured_mb": "gauge",
+        "splitlearn_version_requests": "gauge",
+        "splitlearn_version_errors": "gauge",
         "splitlearn_models": "gauge",
         "splitlearn_source_available": "gauge",
         "splitlearn_problems": "gauge",
