@@ -62,7 +62,7 @@ class ModelReader:
         self._lock = threading.Lock()
         self._files = files
         self._measured: dict[str, tuple[Measurement, ...]] = {}
-        self._answers: dict[str, tuple[tuple[str, str], Answers]] = {}
+        self._answers: dict[str, tuple[tuple[str, str], Answers | None]] = {}
         self._estimated_mb: dict[str, tuple[tuple[str, str], float | None]] = {}
 
     def size_mb(self, spec: ModelSpec) -> float:
@@ -104,8 +104,10 @@ class ModelReader:
 
     def served(self, read: Read) -> None:
         """It serves from now on: the next version is compared with it."""
-        if read.answers is not None:
-            self._answers[read.spec.model_id] = (read.spec.version, read.answers)
+        model_id, version = read.spec.model_id, read.spec.version
+        if self._answers.get(model_id, (None, None))[0] != version:
+            # None where nothing was asked, or the answers are too large to keep: not those of an older one.
+            self._answers[model_id] = (version, read.answers)
 
     def read(self, spec: ModelSpec, device: str) -> Read:
         """Loads, warms and verifies the model.
