@@ -178,8 +178,10 @@ def _explain_one(details: ErrorDetails, model: type[BaseModel], hint: Hint) -> M
     if kind == "extra_forbidden":
         return Mistake(path, _unknown_key(path, model, hint), at_key=True)
     if kind == "missing":
+        place = "file" if len(path) == 1 else "entry"
+        without = "a file" if place == "file" else "an entry"
         return Mistake(
-            path, "expected this key, which every such file needs, got a file without it"
+            path, f"expected this key, which every such {place} needs, got {without} without it"
         )
     if kind == "expectation":
         path = (*path, *context["path"])
