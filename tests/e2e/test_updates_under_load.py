@@ -9,6 +9,7 @@ from support.served import Callers, declare, loads, save_version, version_of
 
 THREADS = 8
 REPLACEMENTS = 20
+WAITING = 32
 
 
 def test_replacing_weights_under_load_fails_no_request_and_mixes_no_versions(
@@ -45,7 +46,10 @@ def test_replacing_weights_under_load_fails_no_request_and_mixes_no_versions(
 
 
 def test_an_update_in_the_place_of_the_old_version_keeps_requests_waiting(tmp_path: Path) -> None:
-    """Seen to fail, with refused calls, when a model that makes room answers "try again"."""
+    """Seen to fail, with refused calls, when a model that makes room answers "try again".
+
+    More requests wait than the node has threads.
+    """
     directory = tmp_path / "desired"
     directory.mkdir()
     weights = directory / "versions.pt"
@@ -53,7 +57,7 @@ def test_an_update_in_the_place_of_the_old_version_keeps_requests_waiting(tmp_pa
     declare(directory, "versions", model_path="versions.pt", update="recreate")
     with Node(directory, {"settle_s": 0.05, "resync_s": 0.2}) as node:
         node.wait_phase("versions", "Ready")
-        with Callers(node, "versions", 4) as callers:
+        with Callers(node, "versions", WAITING) as callers:
             for version in range(2, 8):
                 save_version(weights, version)
                 callers.wait_for(

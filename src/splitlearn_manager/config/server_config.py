@@ -121,8 +121,8 @@ class ServerConfig(BaseModel):
     """Also listen on a Unix socket at this path, for clients of the same user on this machine (`unix:PATH`);
     relative to this file."""
     max_workers: Count = 10
-    """Threads for requests that wait for a model, train it, or use its key/value cache; and the most forwards
-    at a time of one model whose requests are not joined into batches."""
+    """Threads for requests that train a model or use its key/value cache; and the most forwards at a time of
+    one model whose requests are not joined into batches."""
     max_models: Count = 5
     """How many models may be in memory at once, those being loaded or unloaded included."""
     metrics_port: Port = 8000

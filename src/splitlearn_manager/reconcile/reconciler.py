@@ -223,17 +223,28 @@ class Reconciler:
         """
         waiter = self.join(model_id, timeout_s)
         try:
-            with self._wake:
-                while model_id not in self._manager.table.by_model:
-                    left = waiter.deadline_s - self._clock.now()
-                    phase = self.status.phases.get(model_id)
-                    if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
-                        state = self.status.in_short(model_id) if phase is not None else "gone"
-                        raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
-                    self._wake.wait(left)
+            self.wait_until_serves(model_id, waiter.deadline_s)
             yield
         finally:
             self.leave(waiter)
+
+    def wait_until_serves(self, model_id: str, deadline_s: float) -> None:
+        """Waits for a model that somebody has asked for with `join`.
+
+        Raises ModelUnavailable if it does not serve by then, or fails to load.
+        """
+        with self._wake:
+            while model_id not in self._manager.table.by_model:
+                left = deadline_s - self._clock.now()
+                phase = self.status.phases.get(model_id)
+                if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
+                    state = self.status.in_short(model_id) if phase is not None else "gone"
+                    raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
+                self._wake.wait(left)
+
+    def is_over(self, waiter: Waiter) -> bool:
+        """Whether its time is."""
+        return self._clock.now() >= waiter.deadline_s
 
     @property
     def parked(self) -> tuple[str, ...]:

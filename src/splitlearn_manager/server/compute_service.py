@@ -3,12 +3,12 @@
     request name ─► router ─► READY instance ─► lease ─► batcher (plain forwards), or its compute function
                        │      or a version that is tried beside it (plain forwards, a share of them)
                        │
-                       └ nobody READY: evicted or pending models are asked for, within the deadline;
-                         loading, draining and failed ones answer "try again"; unknown names do not exist;
-                         a request that names nobody asks for the model that was parked last
+                       └ nobody READY: evicted or pending models are waited for, within the deadline (plain
+                         forwards in the waiting room, others on their threads); loading, draining and
+                         failed ones answer "try again"; unknown names do not exist; a request that names
+                         nobody asks for the model that was parked last
 
-This module is the only place where the manager's errors become refusals of the wire. The tensors, the
-messages and the statuses are `splitlearn_comm`'s.
+The tensors, the messages and the statuses are `splitlearn_comm`'s.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from time import monotonic
 
 from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.deadlines import working_for
-from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
+from splitlearn_comm.core.errors import NotReady, OutOfMemory, UnknownTarget
 from splitlearn_comm.server.backend import Health, Inference, Opened, ServiceInfo
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
@@ -31,22 +31,19 @@ from splitlearn_manager.errors import ModelNotFound, ModelUnavailable, Splitlear
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
 from splitlearn_manager.routing.router import ModelRouter
+from splitlearn_manager.routing.table import RoutingTable
 from splitlearn_manager.server.batching import Batcher
+from splitlearn_manager.server.refusals import refusal_of
 from splitlearn_manager.server.shadows import Shadows
+from splitlearn_manager.server.waiting_room import LONGEST_WAIT_S, WaitingRoom
 
-# A request without a deadline would wait for a parked model for ever.
-_LONGEST_WAIT_S = 60.0
 # Leases are refused only in the microseconds between the swap of the table and the next read of it.
 _LEASE_ROUNDS = 1000
+MOST_WAITING = 512
+"""Half of the requests that the network lets wait: those for models that are there must have room."""
 # Phases are those of the last turn: a model that is Ready and not in the table was parked since. One that is
 # updated and not in the table makes room for its new version, which is there soon.
 _WAKES_ON_REQUEST = frozenset({Phase.EVICTED, Phase.PENDING, Phase.READY, Phase.UPDATING})
-
-
-def refusal_of(error: SplitlearnError) -> ComputeError:
-    """What a caller is told of a manager's error."""
-    kind = UnknownTarget if isinstance(error, ModelNotFound) else NotReady
-    return kind(error.message, error.reason)
 
 
 class ManagedBackend:
@@ -54,8 +51,9 @@ class ManagedBackend:
 
     Args:
         batcher: runs plain forwards.
-        max_waiters: requests that may wait for parked models at a time, at least 1; so many threads are
-            lost to others meanwhile, so it should be less than there are.
+        max_waiters: requests that may wait for models each on a thread, at least 1: those of training and
+            with a cache. So many threads are lost to others meanwhile, so it should be less than there are.
+        most_waiting: plain forwards that may wait for models.
         observe: called after each request with model id, status name and seconds.
         draw: uniform random numbers in [0, 1), by which requests go to versions that are tried.
         observe_wait: called after each wait for a model with whether it was in vain, and seconds.
@@ -70,6 +68,7 @@ class ManagedBackend:
         *,
         version: str,
         max_waiters: int,
+        most_waiting: int = MOST_WAITING,
         observe: Callable[[str, str, float], None],
         observe_wait: Callable[[bool, float], None] = lambda in_vain, duration_s: None,
         draw: Callable[[], float] = random.random,
@@ -83,6 +82,9 @@ class ManagedBackend:
         self._draw = draw
         self._shadows = Shadows(manager, batcher)
         self._waiters = threading.Semaphore(max_waiters)
+        self._room = WaitingRoom(
+            reconciler, self._entered, most=most_waiting, observe_wait=observe_wait
+        )
         self._observe = observe
         self._observe_wait = observe_wait
         # Models that requests wait for at this moment, and how many: while one of them loads, further
@@ -96,15 +98,34 @@ class ManagedBackend:
         return self._version
 
     def enter(self, model_id: str, inference: Inference) -> bool:
-        """Queues a plain forward for the READY model that answers it; False if there is none just now.
+        """Queues a plain forward for the READY model that answers it, or has it wait for one.
 
-        Raises Overloaded, NotReady, or InvalidRequest for bytes that are no tensor.
+        Raises Overloaded, NotReady, UnknownTarget, or InvalidRequest for bytes that are no tensor.
         """
-        table = self._manager.table
-        try:
-            chosen = self._router.route(model_id, table)
-        except (ModelNotFound, ModelUnavailable):
-            return False
+        if not self._entered(model_id, inference):
+            try:
+                awaited = self._asleep(model_id)
+            except SplitlearnError as error:
+                raise refusal_of(error) from None
+            self._room.add(awaited, model_id, inference)
+        return True
+
+    def _entered(self, model_id: str, inference: Inference) -> bool:
+        """Whether there is a READY model just now, and its batcher has the request."""
+        for _ in range(_LEASE_ROUNDS):
+            table = self._manager.table
+            try:
+                chosen = self._router.route(model_id, table)
+            except (ModelNotFound, ModelUnavailable):
+                return False
+            if self._leased(chosen, table, inference):
+                return True
+        raise NotReady(f"model {model_id!r} is being replaced; try again")
+
+    def _leased(
+        self, chosen: ManagedModel, table: RoutingTable[ManagedModel], inference: Inference
+    ) -> bool:
+        """Queue a request for an instance, or for the version that is tried beside it."""
         tried = table.trials.get(chosen.model_id) if table.trials else None
         if tried is not None and self._draw() * 100 >= tried.percent:
             tried = None
@@ -179,7 +200,7 @@ class ManagedBackend:
             return self._routed(name)
         except (ModelNotFound, ModelUnavailable):
             pass
-        wait_s = _LONGEST_WAIT_S if remaining_s is None else min(remaining_s, _LONGEST_WAIT_S)
+        wait_s = LONGEST_WAIT_S if remaining_s is None else min(remaining_s, LONGEST_WAIT_S)
         until = monotonic() + wait_s
         while True:
             with self._waiting_for(self._asleep(name), until - monotonic()):
@@ -209,7 +230,7 @@ class ManagedBackend:
             phase = phases.get(model_id)
             # One that has served and loads is on its way back, as evicted ones are, or its next version is.
             returns = phase is Phase.LOADING and self._reconciler.has_served(model_id)
-            if phase in _WAKES_ON_REQUEST or returns or self._awaited[model_id]:
+            if phase in _WAKES_ON_REQUEST or returns or self._is_awaited(model_id):
                 return model_id
         if known and name:
             states = ", ".join(f"{m} is {self._reconciler.status.in_short(m)}" for m in known)
@@ -223,10 +244,13 @@ class ManagedBackend:
     def _parked_last(self) -> tuple[str, ...]:
         """The model that nobody named is for, if any: one that is waited for, or the last to be parked."""
         phases = self._reconciler.status.phases
-        awaited = [model_id for model_id in phases if self._awaited[model_id]]
+        awaited = [model_id for model_id in phases if self._is_awaited(model_id)]
         just_parked = [model_id for model_id, phase in phases.items() if phase is Phase.READY]
         parked = [m for m in self._reconciler.parked if phases.get(m) is Phase.EVICTED]
         return (*awaited, *just_parked, *parked)[:1]
+
+    def _is_awaited(self, model_id: str) -> bool:
+        return self._room.waits_for(model_id) or model_id in self._awaited
 
     @contextmanager
     def _waiting_for(self, model_id: str, wait_s: float) -> Iterator[None]:

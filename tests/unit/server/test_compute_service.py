@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from time import monotonic
 
 import pytest
+import torch
 
 from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
 from splitlearn_comm.server.statuses import status_of
@@ -19,21 +21,26 @@ from splitlearn_manager.errors import (
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.batching import Batcher
-from splitlearn_manager.server.compute_service import ManagedBackend, refusal_of
+from splitlearn_manager.server.compute_service import MOST_WAITING, ManagedBackend
+from splitlearn_manager.server.refusals import refusal_of
 from splitlearn_manager.server.threads import ThreadPlan
 from support.fakes import Bench, FakeRunning, FakeSource, broken, model
+from support.inferences import Asked
 from support.waiting import eventually
 
 
 class Server:
     """A backend over a manager and a loop whose work the test does by hand."""
 
-    def __init__(self, max_waiters: int = 2, max_models: int = 5) -> None:
+    def __init__(
+        self, max_waiters: int = 2, max_models: int = 5, most_waiting: int = MOST_WAITING
+    ) -> None:
         self.bench = Bench(max_models=max_models)
         self.manager = self.bench.manager
         self.source = FakeSource()
         self.reconciler = Reconciler(self.source, self.manager, self.bench.clock)
         self.observed: list[tuple[str, str, float]] = []
+        self.waits: list[tuple[bool, float]] = []
         self.backend = ManagedBackend(
             self.manager,
             ModelRouter(),
@@ -41,7 +48,9 @@ class Server:
             Batcher(ThreadPlan(2, lambda: 1)),
             version="9.9",
             max_waiters=max_waiters,
+            most_waiting=most_waiting,
             observe=lambda *seen: self.observed.append(seen),
+            observe_wait=lambda *seen: self.waits.append(seen),
         )
 
     def begin_load(self, model_id: str, **keys: object) -> None:
@@ -218,9 +227,9 @@ def test_an_endpoint_of_which_none_is_ready_names_them_all(server: Server) -> No
     assert "b is Failed" in message
 
 
-def with_a_parked_model(max_waiters: int) -> Server:
+def with_a_parked_model(max_waiters: int, most_waiting: int = MOST_WAITING) -> Server:
     """A server whose declared model `m` was parked a second ago."""
-    server = Server(max_waiters=max_waiters)
+    server = Server(max_waiters=max_waiters, most_waiting=most_waiting)
     server.declare("m", keep_alive_s=10.0)
     server.settle()
     server.bench.clock.advance(11.0)
@@ -302,6 +311,70 @@ def test_more_requests_than_may_wait_answer_try_again(parked: Server) -> None:
 def test_whoever_waited_until_its_deadline_makes_room_for_the_next(parked: Server) -> None:
     for _ in range(3):
         assert parked.refusal("m").message == "model 'm' is Evicted; try again"
+
+
+def test_plain_forwards_wait_without_a_thread_each_and_are_answered_together() -> None:
+    parked = with_a_parked_model(max_waiters=1)
+    asked = [Asked(torch.ones(1, 4)) for _ in range(40)]
+    for one in asked:
+        assert parked.backend.enter("m", one)
+    assert threading.active_count() < len(asked)
+
+    def all_ended() -> bool:
+        parked.settle()
+        return all(one.ended.is_set() for one in asked)
+
+    eventually(all_ended, "all are answered")
+    assert not any(one.error for one in asked)
+    assert len(parked.waits) == 40
+    assert not any(in_vain for in_vain, _ in parked.waits)
+    assert parked.manager.get_model_info("m")["in_flight"] == 0
+    eventually(lambda: not parked.backend._is_awaited("m"), "nobody waits any more")
+    assert [model_id for model_id, _ in parked.bench.runtime.started] == ["m", "m"]
+
+
+def test_more_plain_forwards_than_may_wait_answer_try_again() -> None:
+    parked = with_a_parked_model(max_waiters=1, most_waiting=2)
+    first, second, third = (Asked(torch.ones(1, 4)) for _ in range(3))
+    for one in (first, second):
+        assert parked.backend.enter("m", one)
+    with pytest.raises(NotReady, match="2 requests wait already"):
+        parked.backend.enter("m", third)
+    parked.reconciler.stop()
+    for one in (first, second):
+        with pytest.raises(NotReady):
+            one.result()
+    eventually(lambda: not parked.backend._is_awaited("m"), "their places are free")
+
+
+def test_a_plain_forward_waits_until_its_deadline_while_others_go_on_waiting(
+    parked: Server,
+) -> None:
+    patient, hasty = Asked(torch.ones(1, 4)), Asked(torch.ones(1, 4), monotonic())
+    for one in (hasty, patient):
+        assert parked.backend.enter("m", one)
+    with pytest.raises(NotReady, match="model 'm' is Evicted; try again"):
+        hasty.result()
+    assert not patient.ended.is_set()
+    eventually(lambda: [parked.settle(), patient.ended.is_set()][1], "it is answered")
+    patient.result()
+
+
+def test_a_plain_forward_for_a_model_that_fails_is_refused(parked: Server) -> None:
+    one = Asked(torch.ones(1, 4))
+    parked.bench.runtime.failures["m"] = broken()
+    assert parked.backend.enter("m", one)
+    eventually(lambda: [parked.settle(), one.ended.is_set()][1], "it is refused")
+    with pytest.raises(NotReady, match="Failed"):
+        one.result()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("nobody", UnknownTarget), ("", NotReady)])
+def test_a_plain_forward_for_which_nobody_can_be_waited_for_is_refused_at_once(
+    server: Server, name: str, kind: type[ComputeError]
+) -> None:
+    with pytest.raises(kind):
+        server.backend.enter(name, Asked(torch.ones(1, 4)))
 
 
 def test_health_says_how_many_are_ready_and_when_it_drains(server: Server) -> None:

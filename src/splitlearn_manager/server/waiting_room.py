@@ -1,0 +1,142 @@
+"""Requests that wait for a model: one that was evicted and comes back, or makes room for its new version.
+
+    add ─► the reconciler knows that it is waited for ─► it serves: the request is entered again
+                                                      └► its time is over, or the model failed: refused
+
+A request has no thread while it waits; each model that is waited for has one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic
+
+from splitlearn_comm.core.errors import ComputeError, NotReady
+from splitlearn_comm.server.backend import Inference
+from splitlearn_manager.errors import ModelUnavailable
+from splitlearn_manager.reconcile.reconciler import Reconciler
+from splitlearn_manager.reconcile.waiters import Waiter
+from splitlearn_manager.server.batches import end
+from splitlearn_manager.server.refusals import refusal_of
+
+LONGEST_WAIT_S = 60.0
+"""A request without a deadline would wait for ever."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waits:
+    """A request; `name` is what it asks for, a model or an endpoint."""
+
+    name: str
+    inference: Inference
+    waiter: Waiter
+    came_s: float
+
+
+class WaitingRoom:
+    """See the module's text.
+
+    Args:
+        reconciler: brings the models.
+        enter: takes a request that need not wait any more; False if it must after all. Raises ComputeError.
+        most: requests that may wait at a time.
+        observe_wait: called after each wait with whether it was in vain, and seconds.
+    """
+
+    def __init__(
+        self,
+        reconciler: Reconciler,
+        enter: Callable[[str, Inference], bool],
+        *,
+        most: int,
+        observe_wait: Callable[[bool, float], None],
+    ) -> None:
+        self._reconciler = reconciler
+        self._enter = enter
+        self._most = most
+        self._observe_wait = observe_wait
+        self._lock = threading.Lock()
+        self._waiting: dict[str, list[_Waits]] = {}
+        self._count = 0
+
+    def waits_for(self, model_id: str) -> bool:
+        """Whether some request does."""
+        return model_id in self._waiting
+
+    def add(self, model_id: str, name: str, inference: Inference) -> None:
+        """Have a request wait for a model; from now on it is the room's.
+
+        Raises:
+            NotReady: as many wait as may.
+        """
+        until_s, now_s = inference.until_s, monotonic()
+        wait_s = LONGEST_WAIT_S if until_s is None else min(until_s - now_s, LONGEST_WAIT_S)
+        with self._lock:
+            if self._count >= self._most:
+                raise NotReady(
+                    f"model {model_id!r} is not there, and {self._most} requests wait already; try again"
+                )
+            self._count += 1
+            waiter = self._reconciler.join(model_id, max(0.0, wait_s))
+            is_first = model_id not in self._waiting
+            self._waiting.setdefault(model_id, []).append(_Waits(name, inference, waiter, now_s))
+        if is_first:
+            threading.Thread(
+                target=self._attend, args=(model_id,), name=f"waits-{model_id}", daemon=True
+            ).start()
+
+    def _attend(self, model_id: str) -> None:
+        """Until nobody waits for the model any more."""
+        while True:
+            with self._lock:
+                waiting = self._waiting[model_id]
+                if not waiting:
+                    del self._waiting[model_id]
+                    return
+                first_s = min(one.waiter.deadline_s for one in waiting)
+            try:
+                self._reconciler.wait_until_serves(model_id, first_s)
+            except ModelUnavailable as unavailable:
+                refusal = refusal_of(unavailable)
+                # Unless somebody's time is over, it is the model that will not come.
+                late = [one for one in waiting if self._reconciler.is_over(one.waiter)]
+                for one in self._taken(model_id, late):
+                    self._refuse(one, refusal)
+            else:
+                for one in self._taken(model_id, ()):
+                    self._try(model_id, one)
+
+    def _taken(self, model_id: str, wanted: list[_Waits] | tuple[()]) -> list[_Waits]:
+        """Take those out, or all if none are named."""
+        with self._lock:
+            taken = list(wanted or self._waiting[model_id])
+            self._waiting[model_id] = [
+                one for one in self._waiting[model_id] if wanted and one not in wanted
+            ]
+        return taken
+
+    def _try(self, model_id: str, one: _Waits) -> None:
+        try:
+            one.inference.check_wanted()
+            entered = self._enter(one.name, one.inference)
+        except ComputeError as refusal:
+            self._refuse(one, refusal)
+            return
+        if entered:
+            self._leave(one, in_vain=False)
+            return
+        # Taken away between its READY and our lease.
+        with self._lock:
+            self._waiting[model_id].append(one)
+
+    def _refuse(self, one: _Waits, refusal: ComputeError) -> None:
+        self._leave(one, in_vain=True)
+        end(one.inference.refuse, refusal)
+
+    def _leave(self, one: _Waits, *, in_vain: bool) -> None:
+        with self._lock:
+            self._count -= 1
+        self._reconciler.leave(one.waiter)
+        self._observe_wait(in_vain, monotonic() - one.came_s)
