@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+from splitlearn_comm.core.compute_function import CallForm
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.others_use import Reading
@@ -58,7 +59,10 @@ class ManualExecutor:
 
 
 class FakeRunning:
-    """A loaded model without torch; refuses to be closed twice or used after."""
+    """A loaded model without torch that answers its input; refuses to be closed twice or used after."""
+
+    _call_form = CallForm()
+    overlaps = False
 
     def __init__(self, config: ModelConfig, memory_mb: float) -> None:
         self.config = config
@@ -74,6 +78,9 @@ class FakeRunning:
     def compute_function(self) -> object:
         assert not self.closed, "used after it was closed"
         return self
+
+    def compute(self, x: object) -> object:
+        return x
 
     def when_ended(self, tell: object) -> None:
         pass

@@ -74,11 +74,18 @@ class OfModule(FakeRunning):
 
 
 def instance_of(
-    module: nn.Module, model_id: str = "m", *, joins: bool = True, **keys: object
+    module: nn.Module,
+    model_id: str = "m",
+    *,
+    joins: bool = True,
+    device: str = "cpu",
+    **keys: object,
 ) -> ManagedModel:
-    """A READY instance."""
+    """A READY instance, which says that it is on `device`; the module itself is on the processor."""
     spec = ModelSpec.of(model(model_id, **keys))
-    instance = ManagedModel(f"{model_id}#1", spec, owner=Owner.API, device="cpu", loading_since_s=0)
+    instance = ManagedModel(
+        f"{model_id}#1", spec, owner=Owner.API, device=device, loading_since_s=0
+    )
     instance.running = OfModule(module, joins=joins, **keys)
     instance.open_for_leases()
     return instance

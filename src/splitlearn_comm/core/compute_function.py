@@ -75,6 +75,9 @@ class ComputeFunction(ABC):
     """
 
     _call_form: ClassVar[CallForm] = CallForm()
+    overlaps = False
+    """Whether its inputs are copied to a GPU while others are computed there: then it is best given two at a
+    time, and in pinned memory, which a GPU reads by itself. May change from call to call."""
 
     def __init_subclass__(cls, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)

@@ -16,6 +16,7 @@ from torch import nn
 
 from splitlearn_comm.core.codec import dtype_name
 from splitlearn_comm.core.errors import InvalidRequest
+from splitlearn_comm.core.lanes import Lane
 
 _EMBEDDINGS = ("Embedding", "EmbeddingBag")
 
@@ -39,8 +40,8 @@ class InputRule:
         """Whether the input has no gradient."""
         return not self.dtype.is_floating_point and not self.dtype.is_complex
 
-    def convert(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Return the tensor in the model's dtype on its device.
+    def convert(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
+        """Return the tensor in the model's dtype, sent to its device by `lane`.
 
         Raises:
             InvalidRequest: if the shape does not fit, or a value cannot be one of the model's integers.
@@ -48,7 +49,7 @@ class InputRule:
         self._check_shape(tensor)
         if self.takes_integers:
             self._check_integers(tensor)
-        return tensor.to(device, self.dtype)
+        return lane.send(tensor, self.dtype)
 
     def _check_shape(self, tensor: torch.Tensor) -> None:
         if self.shape is None:

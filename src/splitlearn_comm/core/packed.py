@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from splitlearn_comm.core.lanes import empty, worth_pinning
+
 if TYPE_CHECKING:
     from splitlearn_comm.core.codec import TensorCodec
 
@@ -45,18 +47,34 @@ class Packed:
         return _of(owned, self.dtype, self.shape)
 
 
-def joined(parts: Sequence[Packed]) -> torch.Tensor:
+def joined(parts: Sequence[Packed], *, pinned: bool = False) -> torch.Tensor:
     """One CPU tensor of all rows, in order, copied once.
 
     Args:
         parts: of one dtype, and of the same sizes but for dimension 0.
+        pinned: in memory that a GPU reads by itself, where that is worth it.
     """
-    if len(parts) == 1:
-        return parts[0].tensor()
     first = parts[0]
-    shape = (sum(part.rows for part in parts), *first.shape[1:])
+    rows = sum(part.rows for part in parts)
+    shape = (rows, *first.shape[1:]) if len(parts) > 1 else first.shape
+    if (
+        pinned
+        and first.dtype is not torch.bool
+        and worth_pinning(sum(len(part.data) for part in parts))
+    ):
+        return _filled(empty(shape, first.dtype, pinned=True), parts)
+    if len(parts) == 1:
+        return first.tensor()
     owned = bytearray().join([part.data for part in parts])
     return _of(owned, first.dtype, shape) if owned else torch.empty(shape, dtype=first.dtype)
+
+
+def _filled(tensor: torch.Tensor, parts: Sequence[Packed]) -> torch.Tensor:
+    memory, at = tensor.view(-1).view(torch.uint8).numpy().data, 0
+    for part in parts:
+        memory[at : at + len(part.data)] = part.data
+        at += len(part.data)
+    return tensor
 
 
 class Output:

@@ -114,6 +114,11 @@ class RunningModel(Protocol):
         """Whether requests may be joined; False until `join` has said so."""
         ...
 
+    @property
+    def overlaps(self) -> bool:
+        """See `ComputeFunction.overlaps`; may change at any time."""
+        ...
+
     def example(self) -> torch.Tensor | None:
         """An input like those that it has answered in warm-up, the same in each run; None without any."""
         ...

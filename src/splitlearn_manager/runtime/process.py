@@ -136,6 +136,7 @@ class RunningInProcess:
         self._notes = notes
         self.memory_mb = float(answer["weights_mb"])
         self.warmed = bool(answer["warmed"])
+        self.overlaps = False
         self.joins = False
 
     @property

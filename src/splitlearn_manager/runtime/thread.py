@@ -171,6 +171,12 @@ class RunningInThreads:
         """
         return self._open()
 
+    @property
+    def overlaps(self) -> bool:
+        """See `ComputeFunction.overlaps`."""
+        function = self._function
+        return function is not None and function.overlaps
+
     def _open(self) -> ModelComputeFunction:
         if self._function is None:
             raise ModelUnavailable("the model has been unloaded")

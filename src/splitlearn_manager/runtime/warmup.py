@@ -103,8 +103,6 @@ def first_input(function: ModelComputeFunction, shape: Sequence[int]) -> torch.T
 def _run(function: ModelComputeFunction, shape: tuple[int, ...]) -> tuple[str, ...]:
     answer = function.compute(first_input(function, shape))
     output = answer[0] if isinstance(answer, tuple) else answer
-    if output.device.type == "cuda":
-        torch.cuda.synchronize(output.device)
     if output.is_floating_point() and not bool(output.isfinite().all()):
         return ("its first answer has values that are not finite",)
     return ()

@@ -118,8 +118,9 @@ def _output(instance: ManagedModel, batch: Sequence[Waiting]) -> torch.Tensor:
     rows = sum(waiting.rows for waiting in batch)
     shape = (rows, *batch[0].packed.shape[1:])
     with working_for(remaining_s), telling_out_of_memory(instance.model_id, shape):
-        tensor = joined([waiting.packed for waiting in batch])
-        return on_cpu(invoke(running.compute_function, tensor).output)
+        function = running.compute_function
+        tensor = joined([waiting.packed for waiting in batch], pinned=function.overlaps)
+        return on_cpu(invoke(function, tensor).output)
 
 
 def _until_s(batch: Sequence[Waiting]) -> float | None:

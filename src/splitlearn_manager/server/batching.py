@@ -9,9 +9,10 @@ the next batch forms while one runs. If a batch fails, each of its requests is t
 fails alone.
 
 An instance runs one batch at a time; one whose requests cannot be joined, several requests. Over all
-instances so many forwards run as there are processors. A forward that has run for `LENDS_S` lends its place,
-so that no slow or hanging model holds up another. Who comes next has had the least time, by the weight of
-its priority (`splitlearn_manager.server.fairness`).
+instances so many forwards run as there are processors, and on each GPU as many more: those mostly wait, and
+of one instance the second only joins and copies its inputs while the first computes. A forward that has run
+for `LENDS_S` lends its place, so that no slow or hanging model holds up another. Who comes next has had the
+least time, by the weight of its priority (`splitlearn_manager.server.fairness`).
 
 A batch that is expected to be short runs on the thread that polls for calls, if there is one (`polled_here`):
 waking another one would cost more. All others run on threads of the batcher's own.
@@ -23,7 +24,7 @@ whose caller is gone, is dropped before its forward. The lock is held for micros
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import get_ident
 from time import monotonic
 
@@ -34,7 +35,7 @@ from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.server.batches import BatchRunner, answer, end, refusal_of, refuse
 from splitlearn_manager.server.fairness import weight_of
-from splitlearn_manager.server.queues import Queue, Waiting, queue_of
+from splitlearn_manager.server.queues import CPU, Queue, Waiting, queue_of
 from splitlearn_manager.server.threads import ThreadPlan
 
 LENDS_S = 0.1
@@ -48,6 +49,8 @@ COMPANY_S = 1.0
 """For so long after requests of several instances came, more of them are expected."""
 POLLER_BACK_S = 0.02
 """The thread that polls is given so long to come to what it is expected to run; then another one does."""
+_LEAST_ON_GPU = 2
+"""Forwards at a time on a GPU, however few processors there are: one computes while another is copied."""
 _SPARE_THREADS = 2
 """How many threads beyond those that compute are kept for later."""
 
@@ -96,13 +99,13 @@ class Batcher:
         self._active: dict[str, Queue] = {}
         self._idle: list[_Thread] = []
         self._threads = 0
-        self._began_s: dict[_Thread, float] = {}
+        self._began: dict[_Thread, tuple[float, str]] = {}
         self._poller: _Thread | None = None
         self._poller_id = 0
         self._polled_s = 0.0
         self._asked_last = ""
         self._mixed_s = -COMPANY_S
-        self._least_s = 0.0
+        self._least_s: dict[str, float] = {}
         self._stopped = False
 
     def submit(self, lease: Lease, inference: Inference, packed: Packed) -> None:
@@ -128,14 +131,14 @@ class Batcher:
                 self._asked_last, self._mixed_s = instance.key, now
             if instance.key not in self._active:
                 # What it did not use while nobody asked is not owed to it.
-                queue.had_s = max(queue.had_s, self._least_s)
+                queue.had_s = max(queue.had_s, self._least_s.get(queue.where, 0.0))
                 self._active[instance.key] = queue
             queue.waiting.append(Waiting(inference, lease, packed, now))
             here = get_ident() == self._poller_id
             if here:
                 self._polled_s = now
             if self._wants(queue) and not (here and queue.is_short(self._short_s(now))):
-                if queue.ripe_s() <= now and self._places(now) > 0:
+                if queue.ripe_s() <= now and self._has_place(queue, self._taken(now)):
                     self._wake_one()
                 else:
                     self._see_to_time(now)
@@ -194,21 +197,26 @@ class Batcher:
 
     def _wants(self, queue: Queue) -> bool:
         """Whether it would run another batch, were it its turn."""
-        most = 1 if queue.joins else self._apart
-        return bool(queue.waiting) and queue.running < most
+        return bool(queue.waiting) and queue.running < (queue.most or self._apart)
 
-    def _places(self, now: float) -> int:
+    def _taken(self, now: float) -> list[str]:
+        """The devices of the forwards under way that have not lent their places."""
         lent = now - LENDS_S
-        return self._plan.forwards - sum(began_s > lent for began_s in self._began_s.values())
+        return [where for began_s, where in self._began.values() if began_s > lent]
+
+    def _has_place(self, queue: Queue, taken: Sequence[str]) -> bool:
+        """Whether another forward may begin there."""
+        least = 1 if queue.where == CPU else _LEAST_ON_GPU
+        return taken.count(queue.where) < max(least, self._plan.forwards)
 
     def _next(self, now: float, *, here: bool = False) -> Queue | None:
         """The queue whose turn it is, `here` on the thread that polls."""
-        if self._places(now) <= 0:
-            return None
+        taken = self._taken(now)
         ready = [
             q
             for q in self._active.values()
             if self._wants(q)
+            and self._has_place(q, taken)
             and q.ripe_s() <= now
             and (q.is_short(self._short_s(now)) if here else not self._is_for_poller(q, now))
         ]
@@ -220,7 +228,7 @@ class Batcher:
 
     def _is_for_poller(self, queue: Queue, now: float) -> bool:
         """Whether the thread that polls will come to it at once."""
-        attends = self._poller is not None and self._poller not in self._began_s
+        attends = self._poller is not None and self._poller not in self._began
         return (
             attends and now - self._polled_s < POLLER_BACK_S and queue.is_short(self._short_s(now))
         )
@@ -230,7 +238,7 @@ class Batcher:
         wanting = [q for q in self._active.values() if self._wants(q)]
         if not wanting:
             return _NEVER_S
-        lends = (at + LENDS_S for at in self._began_s.values() if at + LENDS_S > now)
+        lends = (at + LENDS_S for at, _ in self._began.values() if at + LENDS_S > now)
         ripens = (at for q in wanting if (at := q.ripe_s()) > now)
         for_poller = any(self._is_for_poller(q, now) for q in wanting)
         left = (self._polled_s + POLLER_BACK_S,) if for_poller else ()
@@ -244,7 +252,7 @@ class Batcher:
     def _wake_one(self) -> None:
         if self._idle:
             self._idle.pop().wake.release()
-        elif self._threads <= sum(not thread.polls for thread in self._began_s):
+        elif self._threads <= sum(not thread.polls for thread in self._began):
             # All there are compute.
             self._threads += 1
             threading.Thread(target=self._work, name="compute", daemon=True).start()
@@ -276,8 +284,8 @@ class Batcher:
     def _take(self, queue: Queue, me: _Thread, now: float) -> list[Waiting]:
         batch = queue.take()
         queue.running += 1
-        self._began_s[me] = now
-        self._least_s = max(self._least_s, queue.had_s)
+        self._began[me] = now, queue.where
+        self._least_s[queue.where] = max(self._least_s.get(queue.where, 0.0), queue.had_s)
         if self._next(now) is not None:
             self._wake_one()
         else:
@@ -307,7 +315,7 @@ class Batcher:
             with self._lock:
                 now = self._clock()
                 queue.running -= 1
-                del self._began_s[me]
+                del self._began[me]
                 queue.took(len(batch), now - began_s)
                 queue.had_s += (now - began_s) / weight_of(queue.instance.config.priority)
                 if not queue.waiting and not queue.running:

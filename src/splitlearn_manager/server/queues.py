@@ -11,6 +11,7 @@ from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
 
 _WEIGHT_OF_LAST = 0.2
+CPU = "cpu"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +43,7 @@ class Queue:
         joins: whether its requests may be joined.
         request_s: what a request takes of a forward, in seconds, of late; None before the first.
         had_s: the time that it has had, by its weight; see `splitlearn_manager.server.fairness`.
+        where: the device whose forwards its own count among; what is not on a GPU takes the processor.
     """
 
     instance: ManagedModel
@@ -50,6 +52,11 @@ class Queue:
     running: int = 0
     request_s: float | None = None
     had_s: float = 0.0
+    where: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        device = self.instance.device
+        self.where = device if device.startswith("cuda") else CPU
 
     @property
     def largest(self) -> int:
@@ -57,6 +64,17 @@ class Queue:
         limit = self.instance.largest_batch
         size = self.instance.config.batch_size
         return size if limit is None else min(size, limit)
+
+    @property
+    def most(self) -> int | None:
+        """Forwards under way at a time; None where requests are not joined.
+
+        Where copies run beside computing, the next batch is joined and copied while one runs.
+        """
+        if not self.joins:
+            return None
+        running = self.instance.running
+        return 2 if running is not None and running.overlaps else 1
 
     def is_short(self, limit_s: float) -> bool:
         """Whether the next batch is one for the thread that polls: expected to take no longer than that, and

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from splitlearn_comm.core import InvalidRequest, input_rule
+from splitlearn_comm.core.lanes import Lane
 
-CPU = torch.device("cpu")
+CPU = Lane(torch.device("cpu"))
 
 
 class Wrapped(nn.Module):

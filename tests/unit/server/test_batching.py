@@ -12,8 +12,9 @@ from torch import nn
 from splitlearn_comm.core import ComputeFailed, NotReady, OutOfMemory, Overloaded, TensorCodec
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.server.batching import Batcher
+from splitlearn_manager.server.queues import queue_of
 from splitlearn_manager.server.threads import ThreadPlan
-from support.inferences import PATIENCE_S, Asked, Gate, ask, instance_of, leased
+from support.inferences import PATIENCE_S, Asked, Gate, OfModule, ask, instance_of, leased
 from support.waiting import eventually
 
 
@@ -152,6 +153,53 @@ def test_a_forward_that_hangs_holds_up_no_other_model() -> None:
     assert not stuck.ended.is_set()
     hanging.open.set()
     stuck.result()
+
+
+def test_where_copies_run_beside_computing_two_batches_are_under_way_and_no_more() -> None:
+    gate, joined = Gate(mlp()), batcher(forwards=1)
+    instance = instance_of(gate, device="cuda:0")
+    queue = queue_of(instance)
+
+    def beside_one_that_runs(overlaps: bool) -> tuple[int, int]:
+        gate.open.clear()
+        assert isinstance(instance.running, OfModule)
+        instance.running.overlaps = overlaps
+        asked = ask(joined, instance, torch.ones(1, 4))
+        gate.wait_entered()
+        asked += ask(joined, instance, torch.ones(2, 4))
+        if overlaps:
+            gate.wait_entered()
+        asked += ask(joined, instance, torch.ones(3, 4))
+        found = queue.running, len(queue.waiting)
+        gate.open.set()
+        for one in asked:
+            one.result()
+        return found
+
+    assert beside_one_that_runs(True) == (2, 1)
+    assert gate.rows == [1, 2, 3]
+    gate.entered = threading.Semaphore(0)
+    eventually(lambda: not queue.running, "all is over")
+    assert beside_one_that_runs(False) == (1, 2)
+    assert gate.rows == [1, 2, 3, 1, 5]
+
+
+def test_forwards_on_a_gpu_take_no_place_from_those_on_the_processor() -> None:
+    standing_still = 100.0
+    shared = batcher(forwards=1, clock=lambda: standing_still)
+    gates = [Gate(mlp()) for _ in range(2)]
+    asked = []
+    for number, gate in enumerate(gates):
+        asked += ask(
+            shared, instance_of(gate, f"on-gpu-{number}", device="cuda:0"), torch.ones(1, 4)
+        )
+        gate.wait_entered()
+    (quick,) = ask(shared, instance_of(mlp(), "on-cpu"), torch.ones(1, 4))
+    quick.result()
+    for gate in gates:
+        gate.open.set()
+    for one in asked:
+        one.result()
 
 
 class TooLittleMemory(nn.Module):
