@@ -116,7 +116,7 @@ class RunningModel(Protocol):
 
     @property
     def overlaps(self) -> bool:
-        """See `ComputeFunction.overlaps`; may change at any time."""
+        """Whether one batch is best brought to it while another runs; may change at any time."""
         ...
 
     def example(self) -> torch.Tensor | None:

@@ -136,7 +136,7 @@ class RunningInProcess:
         self._notes = notes
         self.memory_mb = float(answer["weights_mb"])
         self.warmed = bool(answer["warmed"])
-        self.overlaps = False
+        self.overlaps = True
         self.joins = False
 
     @property
@@ -166,7 +166,7 @@ class RunningInProcess:
 
     def join(self, joining: Joining) -> None:
         """Take over what was found."""
-        self.joins = joining.joins
+        self.joins = self._function.takes_turns = joining.joins
         self._notes = (*self._notes, joining.note)
 
     def measure_activations(self) -> Activations | None:
@@ -193,7 +193,8 @@ class RunningInProcess:
 class InWorker(ComputeFunction):
     """The model of a worker, as a compute function: the same arguments, answers and errors.
 
-    `trained` tells whether a step has ended what stood in for the module there.
+    `trained` tells whether a step has ended what stood in for the module there. With `takes_turns`, one
+    forward runs there at a time, and the next one, already sent, begins as it ends.
 
     Requests wait for their answers without a limit, unless their callers have a deadline: see
     `_HANGS_AFTER_S`.
@@ -204,6 +205,7 @@ class InWorker(ComputeFunction):
         self._model_id = model_id
         self._longest_s = 0.0
         self.trained = False
+        self.takes_turns = False
 
     def compute(
         self,
@@ -215,9 +217,13 @@ class InWorker(ComputeFunction):
         tensors = [input_tensor]
         for key, value in past_key_values or ():
             tensors += (key, value)
-        answer, results = self.ask(
-            {"op": "compute", "past": past_key_values is not None, "use_cache": use_cache}, tensors
-        )
+        message = {
+            "op": "compute",
+            "past": past_key_values is not None,
+            "use_cache": use_cache,
+            "turn": self.takes_turns,
+        }
+        answer, results = self.ask(message, tensors)
         output, *present = results
         if not answer["present"]:
             return output

@@ -173,7 +173,7 @@ class RunningInThreads:
 
     @property
     def overlaps(self) -> bool:
-        """See `ComputeFunction.overlaps`."""
+        """As `ComputeFunction.overlaps`."""
         function = self._function
         return function is not None and function.overlaps
 

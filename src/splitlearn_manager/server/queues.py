@@ -69,7 +69,7 @@ class Queue:
     def most(self) -> int | None:
         """Forwards under way at a time; None where requests are not joined.
 
-        Where copies run beside computing, the next batch is joined and copied while one runs.
+        On a GPU and in another process, the next batch is joined and copied while one runs.
         """
         if not self.joins:
             return None

@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Worker:
         self._running: RunningInThreads | None = None
         self._function: ComputeFunction | None = None
         self._lent: Lent | None = None
+        self._turn = threading.Lock()
 
     def answer(
         self, message: Message, tensors: Sequence[torch.Tensor], descriptors: list[int]
@@ -149,7 +151,8 @@ class Worker:
         if message["past"]:
             past = tuple(zip(tensors[1::2], tensors[2::2], strict=True))
         with telling_out_of_memory(self._model_id, input_tensor.shape):
-            computed = invoke(function, input_tensor, past, message["use_cache"])
+            with self._turn if message["turn"] else nullcontext():
+                computed = invoke(function, input_tensor, past, message["use_cache"])
             present = computed.present
             results = [_on_cpu(computed.output)]
             for key, value in present or ():

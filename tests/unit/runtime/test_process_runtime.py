@@ -30,6 +30,7 @@ from splitlearn_manager.errors import (
     WeightsNotFound,
     WorkerDied,
 )
+from splitlearn_manager.runtime.base import Joining
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.thread import ThreadRuntime
 from splitlearn_manager.runtime.workers import WorkerStarter
@@ -49,6 +50,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = nn.Linear(2, 2)
+        self.inside = 0
 
     def forward(self, x):
         wish = int(x.flatten()[0])
@@ -70,6 +72,12 @@ class Net(nn.Module):
             raise MemoryError("all gone")
         if wish == 8:
             x += 1
+        if wish == 9:
+            self.inside += 1
+            time.sleep(0.02)
+            beside = self.inside - 1
+            self.inside -= 1
+            return torch.full_like(x, beside)
         return self.layer(x)
 
 def make():
@@ -91,7 +99,7 @@ def warns():
             raise ValueError("never")
     return Bad(2, 2)
 '''
-CRASH, EXIT, HANG, RAISE, LEAVE, PRINT, MEMORY, WRITE = (float(n) for n in range(1, 9))
+CRASH, EXIT, HANG, RAISE, LEAVE, PRINT, MEMORY, WRITE, BESIDE = (float(n) for n in range(1, 10))
 
 
 @pytest.fixture
@@ -381,6 +389,28 @@ def test_many_requests_at_a_time_get_their_own_answers(
     for thread in threads:
         thread.join(60)
     assert wrong == []
+
+
+def test_forwards_of_a_model_whose_requests_are_joined_take_turns(
+    code: Path, started: list[RunningInProcess]
+) -> None:
+    running = start("crashing_net:make", code, started, trusted=True)
+    running.join(Joining(True, "for the test"))
+    beside: list[torch.Tensor] = []
+
+    def ask() -> None:
+        for _ in range(5):
+            answer = running.compute_function.compute(wish(BESIDE))
+            assert isinstance(answer, torch.Tensor)
+            beside.append(answer)
+
+    threads = [threading.Thread(target=ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(beside) == 15
+    assert not torch.cat(beside).any()
 
 
 def test_without_fork_each_worker_is_started_anew(code: Path) -> None:
