@@ -52,9 +52,18 @@ def cpu_s(pid: int) -> float:
 
 def load(address: str, clients: int, seconds: float, role: str = "client") -> int:
     """Requests that were answered."""
+    return int(called(address, clients, seconds, role=role)[0])
+
+
+def called(
+    address: str, clients: int, seconds: float, *shape: int, role: str = "client"
+) -> list[float]:
+    """What `request_cost_peers` prints of its calls."""
     command = [sys.executable, str(PEERS), role, address, str(clients), str(seconds)]
+    if shape:
+        command.append(",".join(str(size) for size in shape))
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-    return int(done.stdout)
+    return [float(text) for text in done.stdout.split()]
 
 
 def cost_ms(pid: int, address: str, clients: int, role: str = "client") -> tuple[float, float]:

@@ -17,12 +17,11 @@ import itertools
 import json
 import socket
 import sys
-import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from time import perf_counter
 
-import grpc
+import h2
 import models
 import torch
 import v2
@@ -90,44 +89,22 @@ def read_answer(connection: socket.socket) -> tuple[bytes, bytes]:
     return head, b"".join(parts)
 
 
-def channel_to(address: str, number: int) -> grpc.Channel:
-    # Equal channels share one connection; an argument of its own keeps each apart.
-    options = [("grpc.use_local_subchannel_pool", 1), ("bench.client", number)]
-    return grpc.insecure_channel(address, options=options)
-
-
 def over_calls(
-    address: str,
-    requests: Iterator[bytes],
-    took: list[float],
-    until: float,
-    number: int,
-    method: str,
+    address: str, requests: Iterator[bytes], took: list[float], until: float, method: str
 ) -> None:
-    with channel_to(address, number) as channel:
-        call = channel.unary_unary(method)
+    with h2.Connection(address, DEADLINE_S) as connection:
         while (began := perf_counter()) < until:
-            call(next(requests), timeout=DEADLINE_S)
+            connection.call(method, next(requests))
             took.append(perf_counter() - began)
 
 
-def over_stream(
-    address: str, requests: Iterator[bytes], took: list[float], until: float, number: int
-) -> None:
-    may_send, began = threading.Semaphore(1), [0.0]
-
-    def sending() -> Iterator[bytes]:
-        while True:
-            may_send.acquire()
-            began[0] = perf_counter()
-            if began[0] >= until:
-                return
-            yield next(requests)
-
-    with channel_to(address, number) as channel:
-        for _ in channel.stream_stream(f"{SERVICE}/ComputeStream")(sending()):
-            took.append(perf_counter() - began[0])
-            may_send.release()
+def over_stream(address: str, requests: Iterator[bytes], took: list[float], until: float) -> None:
+    with h2.Connection(address, DEADLINE_S) as connection:
+        connection.begin(f"{SERVICE}/ComputeStream")
+        while (began := perf_counter()) < until:
+            connection.send(next(requests), last=False)
+            connection.receive()
+            took.append(perf_counter() - began)
 
 
 def main(kind: str, address: str, path: str, name: str, clients: int, seconds: float) -> None:
@@ -139,17 +116,17 @@ def main(kind: str, address: str, path: str, name: str, clients: int, seconds: f
         requests = itertools.islice(itertools.cycle(frames), number, None)
         took = all_took[number]
         if kind in METHODS:
-            over_calls(address, requests, took, until, number, METHODS[kind])
+            over_calls(address, requests, took, until, METHODS[kind])
         elif kind == "stream":
-            over_stream(address, requests, took, until, number)
+            over_stream(address, requests, took, until)
         else:
             over_http(address, requests, took, until)
 
     with ThreadPoolExecutor(clients) as threads:
         try:
             list(threads.map(caller, range(clients)))
-        except grpc.RpcError as error:
-            sys.exit(f"{error.code().name}: {error.details()}")
+        except h2.Refused as refused:
+            sys.exit(str(refused))
     took = sorted(itertools.chain.from_iterable(all_took))
     assert took, "nothing was answered"
     found = {
