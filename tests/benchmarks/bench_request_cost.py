@@ -15,12 +15,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import process_time
+from timeit import timeit
 
 import psutil
 import torch
 from torch import nn
 
+from splitlearn_manager.config.server_config import ServerConfig
+from splitlearn_manager.server.managed_server import ManagedServer
 from support.node import Node
+from support.waiting import eventually
 
 DESIRED = Path(__file__).parents[2] / "desired"
 PEERS = Path(__file__).with_name("request_cost_peers.py")
@@ -136,3 +140,29 @@ def test_request_cost(tmp_path: Path) -> None:
         print(
             f"{clients:7}  {streamed[0]:7.3f} ({streamed[1]:6.0f})         {streamed[1] / called[1]:.2f}"
         )
+
+
+def test_bookkeeping(tmp_path: Path) -> None:
+    """What routing, the lease and the metrics of a request take, in this process."""
+    directory = tmp_path / "desired"
+    directory.mkdir()
+    for name in ("mlp.yaml", "quickstart.py"):
+        shutil.copy(DESIRED / name, directory)
+    settings = ServerConfig(port=0, metrics_port=0, state_dir=tmp_path / "state")
+    with ManagedServer(settings, directory=directory) as server:
+        eventually(lambda: len(server.model_manager.table.all) == 1, "it serves", 60)
+
+        def lease() -> None:
+            chosen = server.router.route("mlp", server.model_manager.table)
+            found = server.model_manager.try_lease(chosen)
+            assert found is not None
+            found.release()
+
+        def count() -> None:
+            server._feed.after_request("mlp", "OK", 0.001)
+
+        for name, what in (("route and lease", lease), ("metrics", count)):
+            took_us = [timeit(what, number=20_000) / 20_000 * 1e6 for _ in range(5)]
+            print(
+                f"\n{name}: {statistics.median(took_us):.2f} us ({min(took_us):.2f}..{max(took_us):.2f})"
+            )

@@ -164,6 +164,19 @@ def test_promote_and_abort_end_it(node: Node) -> None:
         callers.wait_for(lambda: latest(callers) == {3.0}, "it answers")
 
 
+def test_while_the_model_is_suspended_no_step_ends(node: Node) -> None:
+    model(node, 1)
+    node.wait_phase("m", "Ready")
+    with Callers(node, "m") as callers:
+        model(node, 2, rollout=canary(HALF))
+        callers.wait_for(is_tried(node), "it is tried")
+        assert reconcile(node, "suspend", "m").returncode == 0
+        said = "step 1 of 1, 50 % of the requests; goes no further while the model is suspended"
+        callers.wait_for(lambda: said in str(node.status("m")["conditions"]), "it is told")
+        assert reconcile(node, "promote", "m").returncode == 0
+        callers.wait_for(lambda: latest(callers) == {2.0}, "people may end it all the same")
+
+
 def test_a_canary_whose_requests_fail_is_taken_back(node: Node) -> None:
     model(node, 1)
     node.wait_phase("m", "Ready")

@@ -344,7 +344,8 @@ class Checks:
             rollout = instance.config.rollout if instance.trial is not None else None
             tried_s = sum(stage.for_s for stage in rollout.stages) if rollout is not None else 0.0
             longest_s = instance.config.load_timeout_s + tried_s + OVERDUE_S
-            if instance.state is State.LOADING and age > longest_s:
+            paused = instance.trial is not None and instance.trial.paused
+            if instance.state is State.LOADING and age > longest_s and not paused:
                 raise Broken("I3", f"{instance!r} has been loading for {age:g} s")
 
     def _ready_means_ready(self, node: Node, turn: Turn) -> None:

@@ -121,6 +121,12 @@ class ModelComputeFunction(ComputeFunction):
         self._stand_in = forward
 
     @property
+    def computes_in(self) -> torch.dtype | None:
+        """What stands in for the module says so, if it computes in another dtype than the weights'."""
+        dtype = getattr(self._stand_in, "computes_in", None)
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    @property
     def input_dtype(self) -> torch.dtype:
         """The dtype that requests are converted to before the model sees them."""
         return self._rule.dtype

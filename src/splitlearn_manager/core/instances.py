@@ -206,6 +206,16 @@ class Instances:
             self._publish()
         self._on_change()
 
+    def pause_trials(self, model_ids: Collection[str]) -> bool:
+        """Has the trials of these models go no further, and all others go on; whether any was otherwise."""
+        changed = False
+        with self._lock:
+            for instance in self._instances.values():
+                trial = instance.trial
+                if trial is not None and trial.paused != (instance.model_id in model_ids):
+                    trial.paused, changed = not trial.paused, True
+        return changed
+
     def fail(
         self, instance: ManagedModel, error: SplitlearnError, *, is_outcome: bool = True
     ) -> bool:

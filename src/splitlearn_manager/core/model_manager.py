@@ -237,6 +237,11 @@ class ModelManager:
         self._notify()
         return instance.spec.generation
 
+    def pause_rollouts(self, model_ids: Collection[str]) -> None:
+        """Has the rollouts of these models, and of no others, go no further; they may still be taken back."""
+        if self._instances.pause_trials(model_ids):
+            self._notify()
+
     def _tried(self, model_id: str) -> ManagedModel | None:
         return next(
             (i for i in self._instances.all() if i.model_id == model_id and i.trial is not None),

@@ -3,9 +3,10 @@
     step 1 ─► step 2 ─► … ─► takes over
        └────────┴──► taken back, at any moment
 
-A step ends when its time is over and enough requests have been answered. The new version is judged by its
-share of failed requests and by what a request takes it, against the old one over the same time; in a shadow
-also by how far its answers are apart. Pure: who counts, and who switches, is elsewhere.
+A step ends when its time is over and enough requests have been answered, and the model is not suspended.
+The new version is judged by its share of failed requests and by what a request takes it, against the old
+one over the same time; in a shadow also by how far its answers are apart. Pure: who counts, and who
+switches, is elsewhere.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class Progress:
         new_in_step: those of the new one since the step began.
         worst: how far an answer in a shadow was from the old version's; 0 for a canary.
         alone: the old version serves no more: it has crashed.
+        paused: the model is suspended: no step ends.
     """
 
     step: int
@@ -77,6 +79,7 @@ class Progress:
     new_in_step: Traffic
     worst: float = 0.0
     alone: bool = False
+    paused: bool = False
 
 
 def judge(config: ModelConfig, now: Progress) -> tuple[Verdict, str]:
@@ -87,6 +90,8 @@ def judge(config: ModelConfig, now: Progress) -> tuple[Verdict, str]:
     if (why := _why_take_back(config, rules, now)) is not None:
         return Verdict.TAKE_BACK, why
     stage = rules.stages[now.step]
+    if now.paused:
+        return Verdict.GO_ON, ""
     if now.in_step_s < stage.for_s or now.new_in_step.requests < rules.min_requests:
         return Verdict.GO_ON, ""
     if now.step + 1 < len(rules.stages):
@@ -125,6 +130,7 @@ class Trial:
         percent: its share of the requests.
         shadow: it is asked copies, and answers nobody.
         ordered: what people said: TAKE_OVER or TAKE_BACK.
+        paused: as of `Progress`.
         worst: as of `Progress`.
         compared: requests of a shadow whose answers were compared.
     """
@@ -137,6 +143,7 @@ class Trial:
         self.worst = 0.0
         self.compared = 0
         self.ordered: Verdict | None = None
+        self.paused = False
         self._of(config)
 
     def _of(self, config: ModelConfig) -> None:
@@ -173,6 +180,7 @@ class Trial:
                 new.since(self._new_before),
                 self.worst,
                 alone=old is None,
+                paused=self.paused,
             ),
         )
 
@@ -190,6 +198,8 @@ class Trial:
     @property
     def note(self) -> str:
         """Where it stands, for people."""
+        stays = "; goes no further while the model is suspended" if self.paused else ""
         if self.shadow:
-            return f"shadow: asked a copy of {self.percent:g} % of the requests"
-        return f"canary: step {self.step + 1} of {self.steps}, {self.percent:g} % of the requests"
+            return f"shadow: asked a copy of {self.percent:g} % of the requests{stays}"
+        step = f"step {self.step + 1} of {self.steps}"
+        return f"canary: {step}, {self.percent:g} % of the requests{stays}"

@@ -411,6 +411,7 @@ class Reconciler:
         running = (v.model_id for v in snapshot.instances)
         for model_id in memory.forget_all_but({*wanted, *desired.undecided, *running}):
             self._manager.forget(model_id)
+        self._manager.pause_rollouts(self._suspended)
         self._keeper.take(desired, self._suspended, memory.served)
         self._keeper.take_outcomes(snapshot, memory.attempts)
         self._keeper.take_measurements({m: self._manager.measurements(m) for m in measured})

@@ -19,6 +19,7 @@ Message = dict[str, Any]
 MOST_DESCRIPTORS = 200
 """The kernel takes 253 at a time."""
 
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _LENGTH = struct.Struct("<I")
 _MOST_BYTES = 64 * 2**20
 _AT_ONCE = 64 * 2**10
@@ -47,7 +48,7 @@ class Channel:
 
     def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
         """Raises Closed."""
-        data = json.dumps(message, separators=(",", ":")).encode()
+        data = _ENCODER.encode(message).encode()
         packet = _LENGTH.pack(len(data)) + data
         try:
             self._wait_at_most(None)

@@ -97,6 +97,8 @@ def _alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
 def _rounding(function: ModelComputeFunction) -> float:
     """That of the coarsest dtype that the model computes in."""
     dtypes = {p.dtype for p in function.model.parameters()} | {torch.float32}
+    if function.computes_in is not None:
+        dtypes.add(function.computes_in)
     return max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes)
 
 

@@ -53,6 +53,16 @@ class OneSize(nn.Module):
         return x.reshape(1, 4)
 
 
+class InCoarseNumbers:
+    """Stands in for a module, and answers rows that are joined as if it rounded them otherwise."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.computes_in = dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return x + (1e-3 if len(x) > 2 else 0.0)
+
+
 class NoRows(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.sum()
@@ -124,3 +134,10 @@ def test_a_model_that_takes_one_batch_only_by_its_config_is_not_joined() -> None
     function = ModelComputeFunction(nn.ReLU(), input_shape=[1, -1])
     note = try_joining(function, (1, 8), 32).note
     assert "batches of another size fail (InvalidRequest: " in note
+
+
+@pytest.mark.parametrize(("dtype", "joins"), [(torch.bfloat16, True), (None, False)])
+def test_rounding_is_that_of_what_computes(dtype: torch.dtype | None, joins: bool) -> None:
+    function = ModelComputeFunction(nn.Linear(4, 4))
+    function.stand_in(InCoarseNumbers(dtype))
+    assert try_joining(function, (1, 4), 8).joins is joins

@@ -27,6 +27,8 @@ from splitlearn_manager.runtime.optimize.examples import Examples
 class Lowered:
     """See the module's text; a `Candidate`."""
 
+    computes_in = torch.bfloat16
+
     def __init__(self, function: ModelComputeFunction) -> None:
         self._keywords = keywords_of(function)
         self._dtype: torch.dtype | None = None

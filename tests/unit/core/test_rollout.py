@@ -1,0 +1,69 @@
+"""What is to be done about a version that is tried, from what is known of it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.core.rollout import Progress, Traffic, Trial, Verdict, judge
+from support.fakes import model
+
+STEPS = [{"percent": 10, "for_s": 60}, {"percent": 50, "for_s": 60}]
+RULES = {"canary": STEPS, "min_requests": 10, "max_error_rate": 0.1, "max_latency_ratio": 2.0}
+NOBODY = Traffic()
+
+
+def config(**rules: object) -> ModelConfig:
+    return model("m", rollout={**RULES, **rules})
+
+
+def progress(
+    step: int = 0, in_step_s: float = 0.0, new: Traffic = NOBODY, **known: object
+) -> Progress:
+    old = Traffic(100, 0, 1.0)
+    return Progress(step, in_step_s, new, old, new, **known)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("now", "verdict"),
+    [
+        (progress(0, 59.9, Traffic(100, 0, 1.0)), Verdict.GO_ON),
+        (progress(0, 60.0, Traffic(9, 0, 0.1)), Verdict.GO_ON),
+        (progress(0, 60.0, Traffic(10, 0, 0.1)), Verdict.NEXT_STEP),
+        (progress(1, 60.0, Traffic(10, 0, 0.1)), Verdict.TAKE_OVER),
+        (progress(1, 60.0, Traffic(10, 1, 0.1)), Verdict.TAKE_OVER),
+        (progress(0, 0.0, Traffic(10, 2, 0.1)), Verdict.TAKE_BACK),
+        (progress(0, 0.0, Traffic(9, 9, 0.1)), Verdict.GO_ON),
+        (progress(0, 0.0, Traffic(10, 0, 0.21)), Verdict.TAKE_BACK),
+        (progress(0, 0.0, Traffic(10, 0, 0.2)), Verdict.GO_ON),
+        (progress(0, 0.0, NOBODY, alone=True), Verdict.TAKE_OVER),
+        (progress(1, 600.0, Traffic(100, 0, 1.0), paused=True), Verdict.GO_ON),
+        (progress(0, 0.0, Traffic(10, 2, 0.1), paused=True), Verdict.TAKE_BACK),
+    ],
+)
+def test_its_requests_and_its_time_decide(now: Progress, verdict: Verdict) -> None:
+    assert judge(config(), now)[0] is verdict
+
+
+traffic = st.builds(Traffic, st.integers(0, 50), st.integers(0, 50), st.floats(0, 5))
+
+
+@given(step=st.integers(0, 1), in_step_s=st.floats(0, 200), new=traffic)
+def test_a_paused_one_goes_no_further_and_is_taken_back_as_ever(
+    step: int, in_step_s: float, new: Traffic
+) -> None:
+    """Seen to fail when a step is looked at before the pause."""
+    running = judge(config(), progress(step, in_step_s, new))
+    paused = judge(config(), progress(step, in_step_s, new, paused=True))
+    assert paused == (running if running[0] is Verdict.TAKE_BACK else (Verdict.GO_ON, ""))
+
+
+def test_what_people_say_counts_for_a_paused_one_too() -> None:
+    trial = Trial(config(), 0.0, NOBODY)
+    trial.paused = True
+    assert trial.judged(config(), 1000.0, Traffic(100, 0, 1.0), NOBODY)[0] is Verdict.GO_ON
+    for order in (Verdict.TAKE_OVER, Verdict.TAKE_BACK):
+        trial.ordered = order
+        assert trial.judged(config(), 0.0, NOBODY, NOBODY)[0] is order
