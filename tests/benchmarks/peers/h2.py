@@ -113,7 +113,10 @@ class Connection:
 
     def _check_status(self) -> None:
         if self._trailers is not None and _OK not in self._trailers:
-            raise Refused(self._trailers.decode("latin-1"))
+            _, _, message = self._trailers.partition(b"grpc-message")
+            # Behind a byte with its length; other headers may follow.
+            text = message[1 : 1 + message[0]] if message else self._trailers
+            raise Refused(text.decode("latin-1"))
 
     def _take_frame(self) -> None:
         kind, flags, stream, payload = self._next_frame()
