@@ -226,7 +226,10 @@ class Checks:
                 node.machine.violated("I19", message)
 
     def _tried_for_long_enough(self, node: Node, instance: Any) -> None:
-        """I11: an update with a rollout takes over when it has been tried for its time, or is promoted."""
+        """I11: an update with a rollout takes over when it has been tried for its time, or is promoted.
+
+        Never while its model is suspended, nor with answers that its rules do not allow.
+        """
         rollout = instance.config.rollout
         began_with = self._beside.pop(instance.key, None)
         since = self._tried_since.pop(instance.key, None)
@@ -236,6 +239,13 @@ class Checks:
             return  # other rules were given meanwhile, or there was nothing to be tried beside
         tried_s = node.machine.t - since if since is not None else 0.0
         due_s = sum(stage.for_s for stage in rollout.stages)
+        if instance.model_id in self._episode.oracle.suspended:
+            node.machine.violated("I6", f"{instance.key} takes over, and its model is suspended")
+        limit = instance.config.verify.max_difference if instance.config.verify else None
+        apart = node.apart.get(instance.key, 0.0)
+        if limit is not None and apart > limit:
+            message = f"{instance.key} takes over, whose answers are {apart:g} from the old version's"
+            node.machine.violated("I11", message)
         if since is None or tried_s < due_s - EPSILON:
             message = f"{instance.key} takes over after {tried_s:g} s of a rollout of {due_s:g} s"
             node.machine.violated("I11", message)

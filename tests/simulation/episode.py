@@ -141,6 +141,7 @@ class Episode:
             self.world.put_right()
         self.oracle.changed(self.machine.t)
         self.let_pass(50.0)
+        self.world.resume_rollouts()
         check_seen(self)
         self.hearing = "well"
         self.come_to_rest()

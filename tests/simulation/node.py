@@ -26,6 +26,7 @@ from splitlearn_manager.core.events import ManagerEvent
 from splitlearn_manager.core.eviction import Admitted, MakeRoom
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
+from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.source import DesiredSource
 from splitlearn_manager.errors import SplitlearnError
@@ -137,6 +138,7 @@ class Node:
         self._quiet_turns = 0
         self.requests: list[Request] = []
         self._to_tried = False
+        self.apart: dict[str, float] = {}
 
     def start(self) -> None:
         self.loop.restore()
@@ -251,6 +253,22 @@ class Node:
             running.leases -= 1
         request.ended = "answered"
         lease.release()
+        self._ask_shadow(lease.instance)
+
+    def _ask_shadow(self, old: ManagedModel) -> None:
+        """Have the version that is tried in a shadow, if any, asked what the old one has answered."""
+        tried = self.manager.table.trials.get(old.model_id)
+        trial = tried.version.trial if tried is not None else None
+        if tried is None or trial is None or not tried.shadow or tried.version is old:
+            return
+        lease = self.manager.try_lease(tried.version)
+        if lease is None:
+            self.machine.violated("I20", f"{tried.version!r} is tried, and takes no request")
+            return
+        trial.compared += 1
+        trial.worst = max(trial.worst, abs(_answer_of(tried.version) - _answer_of(old)))
+        self.apart[tried.version.key] = trial.worst
+        lease.release()
 
     # The Python API.
 
@@ -306,3 +324,8 @@ def started_with(machine: Machine, settings: Settings) -> ServerConfig:
 @functools.lru_cache(maxsize=1000)
 def server_config(data: bytes) -> ServerConfig | None:
     return parse_server(data, file="server.yaml")[0]
+
+
+def _answer_of(instance: ManagedModel) -> float:
+    """What a version answers to everything."""
+    return float(instance.config.config.kwargs.get("v", 0))

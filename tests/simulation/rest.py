@@ -195,6 +195,10 @@ def _excuse(
     failed = attempt is not None and attempt.concerns(wanted.spec)
     if failed and attempt is not None and attempt.retry_at_s is None:
         return FAILS
+    if serving is None and model.config.rollout is not None:
+        # The version that served last comes first: what is new is tried beside it.
+        found = node.loop._found
+        wanted = found.observed.fallbacks.get(model_id, wanted) if found is not None else wanted
     ledger = node.manager._instances._ledger
     taken = {key: (r.device, r.mb) for key, r in ledger.reservations.items()}
     room = Room(taken, limits_mb(ledger), ledger.max_models)

@@ -31,6 +31,7 @@ KEYS: dict[str, tuple[object, ...]] = {
         "{canary: [{percent: 50, for_s: 0}], min_requests: 0}",
         "{canary: [{percent: 5, for_s: 2}, {percent: 50, for_s: 8}], min_requests: 0}",
         "{shadow: {percent: 20, for_s: 4}, min_requests: 0}",
+        "{shadow: {percent: 100, for_s: 9}, min_requests: 0}",
     ),
     "max_memory_mb": (15, 40),
     "batch_size": (1, 64, 128),
@@ -61,6 +62,8 @@ class Doc:
             "load_timeout_s": keys.pop("load_timeout_s", 6),
             **keys,
         }
+        if "shadow" in str(keys.get("rollout")):
+            values["verify"] = "{max_difference: 1}"
         if kwargs:
             inner = ", ".join(f"{k}: {v}" for k, v in kwargs.items())
             values["config"] = f"{{kwargs: {{{inner}}}}}"

@@ -398,6 +398,13 @@ class World:
         for model_id in IDS:
             self._api_unload(model_id)
 
+    def resume_rollouts(self) -> None:
+        """A rollout of a suspended model would stay where it is for ever."""
+        node = self._episode.node
+        for instance in node.instances if node is not None else ():
+            if instance.trial is not None:
+                self._resume(instance.model_id)
+
     def put_right(self) -> None:
         """People see to it that each model has one valid file, and that there is room for all."""
         server = b'max_models: 12\nmemory_quota_mb: {cpu: 2000, "cuda:0": 2000}\n'

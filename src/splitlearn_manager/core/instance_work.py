@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
@@ -239,6 +240,8 @@ class InstanceWork:
         read = self._tried.pop(instance.key, None)
         if read is None:
             return
+        # All that needs no load, such as the rules of its rollout, may have changed since it was read.
+        read = replace(read, spec=instance.spec)
         try:
             self._take_over(instance, read)
         except OperationInProgress:
