@@ -244,7 +244,9 @@ class Checks:
         limit = instance.config.verify.max_difference if instance.config.verify else None
         apart = node.apart.get(instance.key, 0.0)
         if limit is not None and apart > limit:
-            message = f"{instance.key} takes over, whose answers are {apart:g} from the old version's"
+            message = (
+                f"{instance.key} takes over, whose answers are {apart:g} from the old version's"
+            )
             node.machine.violated("I11", message)
         if since is None or tried_s < due_s - EPSILON:
             message = f"{instance.key} takes over after {tried_s:g} s of a rollout of {due_s:g} s"
