@@ -30,21 +30,22 @@ VERSIONS = {
 _HOW = """\
 All servers run the same modules from one file, in one process that computes, with one thread within a
 forward (`OMP_NUM_THREADS=1`), and join up to 32 requests with the least wait that they take. Ours is
-called by the unary calls of wire 1.0 and over streams. mosec, LitServe and Triton are called by HTTP with
-raw bytes (Triton's in the binary form of the open inference protocol). All callers, those over gRPC too,
-are sockets that do no more than they must. MLServer's HTTP carries numbers as JSON only, so it is called by gRPC, in two ways: "MLServer" with
-tensors of FP32 and its numpy codec, which joins requests of one shape only, and "MLServer, bytes" with
-tensors of BYTES that the model reads itself. Its model runs in the server's own process, which was the
-faster way here; Triton's runs in the process of its python backend. Clients run beside the servers on the
-same processors, in a closed loop, with requests that are encoded beforehand. Each server's answers were
-compared with the model's own first. Figures are medians, with the least and the most in parentheses; where
-a server could not be measured, its row says why, in its own words."""
+called by the unary calls of wire 1.0 and over streams. mosec, LitServe and Triton are called by HTTP
+with raw bytes (Triton's in the binary form of the open inference protocol). All callers, those over
+gRPC too, are sockets that do no more than they must. MLServer's HTTP carries numbers as JSON only, so
+it is called by gRPC, in two ways: "MLServer" with tensors of FP32 and its numpy codec, which joins
+requests of one shape only, and "MLServer, bytes" with tensors of BYTES that the model reads itself.
+Its model runs in the server's own process, which was the faster way here; Triton's runs in the process
+of its python backend. Clients run beside the servers on the same processors, in a closed loop, with
+requests that are encoded beforehand. Each server's answers were compared with the model's own first.
+Figures are medians, with the least and the most in parentheses; where a server could not be measured,
+its row says why, in its own words."""
 _BOUND = """\
-What bounds ours: with one client the forward and gRPC's own work. With many, and a forward of less than
-a millisecond, what a request costs around its forward: of 0.55 ms at 32 clients of the MLP, 0.31 are the
-forward, 0.12 gRPC's events on its polling thread, 0.04 sending and 0.03 encoding the answer; Python's
-lock lets one thread at a time do that. A server whose transport is not Python (mosec's is Rust, Triton's
-C++) has less of it."""
+What bounds ours: with one client the forward and gRPC's own work. With many, and a forward of less
+than a millisecond, what a request costs around its forward: of 0.55 ms at 32 clients of the MLP, 0.31
+are the forward, 0.12 gRPC's events on its polling thread, 0.04 sending and 0.03 encoding the answer;
+Python's lock lets one thread at a time do that. A server whose transport is not Python (mosec's is
+Rust, Triton's C++) has less of it."""
 
 
 class Row(Protocol):
