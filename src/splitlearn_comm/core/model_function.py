@@ -172,7 +172,8 @@ class ModelComputeFunction(ComputeFunction):
                     # Whoever comes next may replace the weights.
                     lane.wait()
                 if self._on_gpu:
-                    self.overlaps = clock() - began_s > _LONG_S
+                    # What is near the limit does not go to and fro.
+                    self.overlaps = clock() - began_s > (_LONG_S / 2 if long else _LONG_S)
             if output is None:
                 output = lane.fetch(computed.output)
             if computed.present is None:
