@@ -20,7 +20,7 @@ from simulation.seeds import is_pair, run_seed
 from simulation.shrink import shrink
 
 TESTS = Path(__file__).parents[1]
-EPISODES = 2000
+EPISODES = 1000
 BUG = MUTANTS["the prune guard is ignored"]
 
 

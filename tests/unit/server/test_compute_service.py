@@ -316,9 +316,11 @@ def test_whoever_waited_until_its_deadline_makes_room_for_the_next(parked: Serve
 def test_plain_forwards_wait_without_a_thread_each_and_are_answered_together() -> None:
     parked = with_a_parked_model(max_waiters=1)
     asked = [Asked(torch.ones(1, 4)) for _ in range(40)]
+    before = threading.active_count()
     for one in asked:
         assert parked.backend.enter("m", one)
-    assert threading.active_count() < len(asked)
+    # One for the model; others may come and go meanwhile, but not one for each.
+    assert threading.active_count() < before + len(asked) // 2
 
     def all_ended() -> bool:
         parked.settle()
