@@ -8,6 +8,7 @@ A request has no thread while it waits; each model that is waited for has one.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +16,14 @@ from time import monotonic
 
 from splitlearn_comm.core.errors import ComputeError, NotReady
 from splitlearn_comm.server.backend import Inference
+from splitlearn_comm.server.statuses import from_model_error
 from splitlearn_manager.errors import ModelUnavailable
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.waiters import Waiter
 from splitlearn_manager.server.batches import end
 from splitlearn_manager.server.refusals import refusal_of
+
+log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 60.0
 """A request without a deadline would wait for ever."""
@@ -123,6 +127,11 @@ class WaitingRoom:
             entered = self._enter(one.name, one.inference)
         except ComputeError as refusal:
             self._refuse(one, refusal)
+            return
+        except Exception as error:
+            # Those behind it wait for this thread.
+            log.exception("model_id=%s", model_id)
+            self._refuse(one, from_model_error(model_id, error))
             return
         if entered:
             self._leave(one, in_vain=False)

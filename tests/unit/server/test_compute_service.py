@@ -362,6 +362,18 @@ def test_a_plain_forward_waits_until_its_deadline_while_others_go_on_waiting(
     patient.result()
 
 
+def test_one_that_cannot_be_entered_holds_up_nobody_behind_it(parked: Server) -> None:
+    """Seen to fail, with requests that wait for ever, when the error ends the thread that attends them."""
+    odd, good = Asked(torch.ones(1, 4)), Asked(torch.ones(1, 4))
+    odd.check_wanted = lambda: [][0]  # type: ignore[method-assign]
+    for one in (odd, good):
+        assert parked.backend.enter("m", one)
+    eventually(lambda: [parked.settle(), good.ended.is_set()][1], "the other one is answered")
+    good.result()
+    with pytest.raises(ComputeError, match="IndexError"):
+        odd.result()
+
+
 def test_a_plain_forward_for_a_model_that_fails_is_refused(parked: Server) -> None:
     one = Asked(torch.ones(1, 4))
     parked.bench.runtime.failures["m"] = broken()
