@@ -59,7 +59,7 @@ $(BENCH): $(READY)
 	@touch $@
 
 bench: $(BENCH)
-	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s --ignore tests/benchmarks/bench_peers.py
+	$(BIN)/python -m pytest tests/benchmarks -o python_files='bench_*.py' -q -s --timeout 1800 --ignore tests/benchmarks/bench_peers.py
 
 # Triton's package is for Linux on x86-64 only; elsewhere its rows say that it is not measured.
 $(PEERS): tests/benchmarks/peers/requirements.txt tests/benchmarks/peers/requirements-alone.txt

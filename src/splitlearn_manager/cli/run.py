@@ -25,6 +25,7 @@ from splitlearn_manager.config.server_config import ServerConfig
 from splitlearn_manager.desired.state import DesiredState
 from splitlearn_manager.logs import LogFormat, configure
 from splitlearn_manager.reconcile.facts import Phase
+from splitlearn_manager.runtime.system_memory import keep_for_the_next_batch
 from splitlearn_manager.server.managed_server import ManagedServer
 
 _LOOK_FOR_SIGNALS_S = 0.1
@@ -45,6 +46,7 @@ def serve(directory: Path, settings: ServerConfig, log_format: LogFormat, *, liv
     Raises ServerError if it cannot start.
     """
     signals = _Signals()
+    keep_for_the_next_batch()
     with _on_screen(settings, log_format) as screen:
         server = ManagedServer(
             settings,

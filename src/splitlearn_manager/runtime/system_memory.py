@@ -1,4 +1,5 @@
-"""What this process asks of the system's memory: large pages for weights, and to take back what is free.
+"""What this process asks of the system's memory: large pages for weights, to keep what the next batch needs,
+and to take back what is free.
 
 Nothing here allocates, and nothing depends on whether the system does as it is asked.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -19,6 +21,12 @@ _HUGE_PAGE = 2 * 2**20
 _PAGE = 4096
 _MADV_HUGEPAGE = 14
 """Linux's number for it; Python has it only as an attribute of `mmap`."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's mallopt(3)."""
+_OWN_MAPPING = 32 * 2**20
+"""Larger blocks have a mapping of their own, which goes when they are freed; glibc takes no more."""
+_KEPT_FREE = 2 * _OWN_MAPPING
+_MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 def prefer_huge_pages(address: int, size: int) -> None:
@@ -35,6 +43,23 @@ def prefer_huge_pages(address: int, size: int) -> None:
     if sys.platform == "linux" and length >= _HUGE_PAGE:
         advise = ctypes.CDLL(None).madvise
         advise(ctypes.c_void_p(begin), ctypes.c_size_t(length), _MADV_HUGEPAGE)
+
+
+def keep_for_the_next_batch() -> None:
+    """Have the C library keep up to 64 MB of free memory for each thread, for as long as no model goes.
+
+    As it starts, it hands what a forward frees back to the system at once, and each batch has its pages
+    cleared anew: a fifth of the processor time of a small convolution net. It comes to these limits by
+    itself (mallopt(3), "dynamic mmap threshold"), but only once blocks of that size were freed. What the
+    environment says of them goes first. `trim_heap` returns what is free in any case.
+    """
+    told = any(name in os.environ for name in _MALLOC_VARIABLES)
+    if sys.platform != "linux" or told or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
 
 
 def give_back(device: str, is_freed: Callable[[], bool] = lambda: False) -> None:

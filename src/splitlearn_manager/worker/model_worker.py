@@ -29,6 +29,7 @@ from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.runtime.channel import Channel, Closed, Message
 from splitlearn_manager.runtime.shared_area import Area, bytes_for
+from splitlearn_manager.runtime.system_memory import keep_for_the_next_batch
 from splitlearn_manager.runtime.thread import TRAINED, RunningInThreads, ThreadRuntime
 from splitlearn_manager.runtime.worker_errors import as_message
 from splitlearn_manager.worker.lending import Borrowed, Lent
@@ -38,6 +39,7 @@ Answer = tuple[Message, Sequence[torch.Tensor], Sequence[int]]
 
 def work(control: socket.socket) -> None:
     """Answer until the node, or its interest in this worker, is gone."""
+    keep_for_the_next_batch()
     channel, worker = Channel(control), Worker()
     while True:
         try:
