@@ -21,7 +21,7 @@ import grpc
 
 _log = logging.getLogger(__name__)
 
-TAKEOVER_S = 0.03
+TAKEOVER_S = 0.05
 """Work that takes longer no longer keeps calls from being begun."""
 _NO_CALLS_S = 0.2
 """How long to wait for calls before looking whether the server is still wanted."""

@@ -41,7 +41,7 @@ from splitlearn_manager.server.threads import ThreadPlan
 LENDS_S = 0.1
 """A forward that has run for so long no longer counts against the number of those that run at a time."""
 _NEVER_S = float("inf")
-SHORT_S = 0.025
+SHORT_S = 0.04
 """A batch that is expected to take no longer may run on the thread that polls for calls."""
 SHORT_IN_COMPANY_S = 0.002
 """As `SHORT_S`, where requests of other instances may come meanwhile."""
