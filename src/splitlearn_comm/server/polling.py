@@ -37,8 +37,12 @@ class Work(Protocol):
         """The thread that calls this begins the calls from now on; the one before it does no more."""
         ...
 
+    def has_work(self) -> bool:
+        """Whether anything waits or runs, wherever it should; asked before each look, so it must be cheap."""
+        ...
+
     def waits_here(self) -> bool:
-        """Whether something waits that should run on the polling thread, which calls this often."""
+        """Whether something waits that should run on the polling thread."""
         ...
 
     def run_here(self) -> None:
@@ -99,12 +103,15 @@ class Polling:
         timed_out = cygrpc.CompletionType.queue_timeout
         state, events, looked = self._state, 0, False
         while self._poller is me:
-            waits = self._work.waits_here()
-            if waits and (looked or events >= _MOST_EVENTS):
-                self._run(me)
-                events, looked = 0, False
-                continue
-            event = state.completion_queue.poll(_AT_ONCE if waits else time.time() + _NO_CALLS_S)
+            begun = looked or events >= _MOST_EVENTS
+            if begun:
+                events = 0
+                if self._work.waits_here():
+                    self._run(me)
+                    looked = False
+                    continue
+            at_once = not begun and self._work.has_work()
+            event = state.completion_queue.poll(_AT_ONCE if at_once else time.time() + _NO_CALLS_S)
             if state.server_deallocated:
                 _server._begin_shutdown_once(state)
             looked = event.completion_type == timed_out

@@ -151,10 +151,12 @@ class Batcher:
             self._poller = _Thread(polls=True)
             self._poller_id = get_ident()
 
+    def has_work(self) -> bool:
+        """Whether a request waits or is run, here or elsewhere."""
+        return bool(self._active)
+
     def waits_here(self) -> bool:
         """Whether there is a short batch to run."""
-        if not self._active:
-            return False
         with self._lock:
             now = self._polled_s = self._clock()
             return self._next(now, here=True) is not None

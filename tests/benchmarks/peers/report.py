@@ -41,11 +41,21 @@ requests that are encoded beforehand. Each server's answers were compared with t
 Figures are medians, with the least and the most in parentheses; where a server could not be measured,
 its row says why, in its own words."""
 _BOUND = """\
-What bounds ours: with one client the forward and gRPC's own work. With many, and a forward of less
-than a millisecond, what a request costs around its forward: of 0.55 ms at 32 clients of the MLP, 0.31
-are the forward, 0.12 gRPC's events on its polling thread, 0.04 sending and 0.03 encoding the answer;
-Python's lock lets one thread at a time do that. A server whose transport is not Python (mosec's is
-Rust, Triton's C++) has less of it."""
+What bounds ours: with one client the forward, and a request's way through gRPC and Python with caches that
+the forward has emptied. With many, one thread reads, runs the batch and answers, because handing requests to
+others costs more (running forwards or sending beside it was measured: 0.6 to 0.8 of the requests a second).
+Where its processor time goes at 32 clients, by `perf`, in percent:
+
+| | mlp | minilm | decoder | convnet |
+|---|---|---|---|---|
+| the forward, in PyTorch | 58 | 82 | 52 | 31 |
+| Python: ours, gRPC's, and the model's own | 17 | 10 | 24 | 29 |
+| gRPC and protobuf in C | 9 | 2 | 7 | 15 |
+| the system: sending, waking, polling | 10 | 4 | 13 | 14 |
+| copying and allocating (libc) | 5 | 1 | 4 | 11 |
+
+A server whose transport is not Python (mosec's is Rust, Triton's C++) has less beside the forward, and does
+it on the second processor meanwhile."""
 
 
 class Row(Protocol):

@@ -69,6 +69,9 @@ class AsItComes(Later):
     def polled_here(self) -> None:
         self.polls_now = threading.get_ident()
 
+    def has_work(self) -> bool:
+        return self.waits_here()
+
     def waits_here(self) -> bool:
         return len(self.run_by) < len(self.taken)
 
