@@ -70,6 +70,13 @@ def _abort_promotes(real: Any) -> Any:
     return judged
 
 
+def _judged_with(**changes: Any) -> Any:
+    def make(real: Any) -> Any:
+        return lambda config, now: real(config, dataclasses.replace(now, **changes))
+
+    return make
+
+
 def _as_if(**changes: Any) -> Any:
     """Residents of whom something that keeps them is not known."""
 
@@ -269,6 +276,16 @@ MUTANTS = (
         "what was aborted takes over",
         "a rollback button that is wired to the wrong side",
         lambda: [instead(rollout.Trial, "judged", _abort_promotes)],
+    ),
+    Mutant(
+        "a shadow's answers decide nothing",
+        "traffic mirroring that nobody looks at",
+        lambda: [instead(rollout, "judge", _judged_with(worst=0.0))],
+    ),
+    Mutant(
+        "a rollout of a suspended model goes on",
+        "a pause button that stops new deployments, and not the one that is under way",
+        lambda: [instead(rollout, "judge", _judged_with(paused=False))],
     ),
     Mutant(
         "updates always take the old version away first",

@@ -7,6 +7,7 @@ the oracle's; those for the end of an episode are in `rest`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -72,6 +73,7 @@ class Checks:
     def new_process(self) -> None:
         self._beside: dict[str, str] = {}
         self._tried_since: dict[str, float] = {}
+        self._paused_at: dict[str, float] = {}
         self.promoted: set[str] = set()
         self.retries = Retries()
         self.states: dict[str, State] = {}
@@ -206,12 +208,13 @@ class Checks:
         elif event.kind is EventKind.ROLLOUT:
             self._tried_since.setdefault(event.key, node.machine.t)
         elif event.kind is EventKind.LOADED:
+            was_tried = event.key in self._tried_since
             self._tried_for_long_enough(node, instance)
             if self._promised_mb.get(event.key) != _reserved_mb(node, instance):
                 self.surprises += 1
             if of_directory and model_id in self._episode.oracle.managed:
                 self.sizes.loaded(instance)
-            self._loaded(node, instance)
+            self._loaded(node, instance, was_tried=was_tried)
         elif event.kind is EventKind.LOAD_FAILED:
             self.causes[model_id] += 1
             if of_directory:
@@ -285,8 +288,8 @@ class Checks:
             message = f"{instance!r} is loaded from weights that have been so for {age_s:.3f} s"
             node.machine.violated("I7", message)
 
-    def _loaded(self, node: Node, instance: Any) -> None:
-        """I18: what serves was made of the files as they are."""
+    def _loaded(self, node: Node, instance: Any, *, was_tried: bool) -> None:
+        """I18: what serves was made of the files as they are, or as they were before it was tried."""
         if instance.owner is Owner.DIRECTORY:  # Python's own load asks for nothing
             self.evicted.pop(instance.model_id, None)
         wanted = node.last.desired.models.get(instance.model_id) if node.last else None
@@ -295,7 +298,7 @@ class Checks:
         if instance.owner is Owner.DIRECTORY and wanted is not None:
             self.good[instance.model_id] = instance.spec
         now = weights_now(node.machine, instance.config)
-        if now is not None and instance.running.made_of != now:
+        if now is not None and instance.running.made_of != now and not was_tried:
             message = (
                 f"{instance!r} is made of {instance.running.made_of!r}, its files hold {now!r}"
             )
@@ -356,8 +359,11 @@ class Checks:
             rollout = instance.config.rollout if instance.trial is not None else None
             tried_s = sum(stage.for_s for stage in rollout.stages) if rollout is not None else 0.0
             longest_s = instance.config.load_timeout_s + tried_s + OVERDUE_S
-            paused = instance.trial is not None and instance.trial.paused
-            if instance.state is State.LOADING and age > longest_s and not paused:
+            if instance.trial is not None and instance.trial.paused:
+                # The time of its steps begins anew, at the latest, once it goes on.
+                self._paused_at[instance.key] = node.clock.now()
+            age = min(age, node.clock.now() - self._paused_at.get(instance.key, -math.inf))
+            if instance.state is State.LOADING and age > longest_s:
                 raise Broken("I3", f"{instance!r} has been loading for {age:g} s")
 
     def _ready_means_ready(self, node: Node, turn: Turn) -> None:

@@ -23,6 +23,7 @@ from simulation.texts import (
     IDS,
     KEYS,
     SPELLINGS,
+    Doc,
     Text,
     broken_text,
     server_text,
@@ -208,6 +209,12 @@ def _midway(deck: Deck) -> tuple[object, ...]:
     rewritten = deck.rng.random() < 0.5
     fate = Fate(kind, deck.seconds(0.0, 0.1), deck.seconds(0.02, 0.5, 2.0, 50.0), rewritten)
     return deck.model_id(), Fates((fate,))
+
+
+def _try_out(deck: Deck) -> tuple[object, ...]:
+    keys = (("rollout", deck.rng.choice(KEYS["rollout"])), ("v", deck.rng.choice(KEYS["v"])))
+    text = text_of([Doc(model_id := deck.model_id(), keys)])
+    return model_id, text, deck.seconds(0.0, 1.5, 3.0), deck.seconds(0.0, 12.0)
 
 
 def _server(deck: Deck) -> tuple[object, ...]:
@@ -398,6 +405,11 @@ KINDS: dict[str, Kind] = {
         "the wall clock jumps by {0:g} s",
         lambda d: (d.seconds(-3600.0, -1.0, 86400.0),),
         fault=True,
+    ),
+    "try_out": Kind(
+        3,
+        "people try {1}, ask it 12 times, and suspend it {2:g} s later (0: never) for {3:g} s (0: for good)",
+        _try_out,
     ),
     "suspend": Kind(2, "suspend {0}", _model),
     "resume": Kind(2, "resume {0}", _model),

@@ -76,6 +76,15 @@ class World:
             )
             self._machine.later((number + 0.9) * gap_s, partial(self._retry, model_id))
 
+    def _try_out(self, model_id: str, text: Text, suspend_at_s: float, for_s: float) -> None:
+        self.directory.write(FILES[IDS.index(model_id)], text.data)
+        for number in range(1, 13):
+            self._machine.later(number * 0.8, partial(self._request, model_id, 0.0, 20.0))
+        if suspend_at_s:
+            self._machine.later(suspend_at_s, partial(self._suspend, model_id))
+            if for_s:
+                self._machine.later(suspend_at_s + for_s, partial(self._resume, model_id))
+
     def _append(self, name: str, text: Text) -> None:
         before = self.directory.content(name)
         self.directory.write(name, (before + b"---\n" if before else b"") + text.data)
