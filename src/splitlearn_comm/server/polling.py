@@ -103,14 +103,14 @@ class Polling:
         timed_out = cygrpc.CompletionType.queue_timeout
         state, events, looked = self._state, 0, False
         while self._poller is me:
-            begun = looked or events >= _MOST_EVENTS
-            if begun:
+            enough = looked or events >= _MOST_EVENTS
+            if enough:
                 events = 0
                 if self._work.waits_here():
                     self._run(me)
                     looked = False
                     continue
-            at_once = not begun and self._work.has_work()
+            at_once = not enough and self._work.has_work()
             event = state.completion_queue.poll(_AT_ONCE if at_once else time.time() + _NO_CALLS_S)
             if state.server_deallocated:
                 _server._begin_shutdown_once(state)

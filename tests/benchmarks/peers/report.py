@@ -43,7 +43,8 @@ its row says why, in its own words."""
 _BOUND = """\
 What bounds ours: with one client the forward, and a request's way through gRPC and Python with caches that
 the forward has emptied. With many, one thread reads, runs the batch and answers, because handing requests to
-others costs more (running forwards or sending beside it was measured: 0.6 to 0.8 of the requests a second).
+others costs more: with forwards on a thread of their own 0.65 (convnet) to 1 (decoder) times as many requests
+a second were measured, with answers sent by another thread 0.7 (mlp) to 1.05 (decoder) times.
 Where its processor time goes at 32 clients, by `perf`, in percent:
 
 | | mlp | minilm | decoder | convnet |

@@ -10,12 +10,11 @@ import sys
 import pytest
 
 PROGRAM = """
-import json, resource, sys, threading
+import json, resource, threading
 import psutil, torch
 from splitlearn_manager.runtime.system_memory import keep_for_the_next_batch, trim_heap
 
-if sys.argv[1] == "keeps":
-    keep_for_the_next_batch()
+keep_for_the_next_batch()
 
 def batch():
     pieces = [torch.ones(512 * 1024) for _ in range(10)]
@@ -47,27 +46,28 @@ PAGES_OF_BATCHES = 20 * BATCH_BYTES // os.sysconf("SC_PAGE_SIZE")
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's own")
 
 
-def measured(how: str, **environment: str) -> dict[str, int]:
+def measured(**environment: str) -> dict[str, int]:
+    own = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, how],
+        [sys.executable, "-c", PROGRAM],
         check=True,
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**own, **environment},
     )
     return dict(json.loads(done.stdout))
 
 
 def test_the_next_batch_finds_the_memory_of_the_one_before() -> None:
-    kept = measured("keeps")
+    kept = measured()
     assert kept["faults"] < PAGES_OF_BATCHES / 20
 
 
 def test_what_is_kept_is_returned_when_the_heap_is_trimmed() -> None:
-    kept = measured("keeps")
+    kept = measured()
     assert kept["given_back"] > BATCH_BYTES * 0.9
 
 
 def test_the_environment_goes_first() -> None:
-    told = measured("keeps", MALLOC_TRIM_THRESHOLD_="131072")
+    told = measured(MALLOC_TRIM_THRESHOLD_="131072")
     assert told["faults"] > PAGES_OF_BATCHES / 2
