@@ -167,6 +167,7 @@ class Oracle:
         if self._first_look is None:
             self._first_look = t
         # What the last look proved by the settle_s of its time stays proven when server.yaml raises it.
+        known_s = settle_s if math.isinf(self._settle_s) else max(settle_s, self._settle_s)
         settle_s, self._settle_s = min(settle_s, self._settle_s), settle_s
         self._note_unseen(t)
         present = {**dict(after.undecided), **after.models}
@@ -177,7 +178,7 @@ class Oracle:
         gone = [model_id for model_id in self.managed if model_id not in present]
         if gone:
             self._judge_gone(gone, after, t, settle_s, guard_percent)
-        self._note_claims(t, settle_s, clean=not faults)
+        self._note_claims(t, settle_s, known_s, clean=not faults)
         self.managed = {model_id: accepted_of(model) for model_id, model in present.items()}
         self.managed_since = {i: self.managed_since.get(i, t) for i in self.managed}
         for model_id, accepted in self.managed.items():
@@ -340,8 +341,9 @@ class Oracle:
 
     # What files are known to say.
 
-    def _note_claims(self, t: float, settle_s: float, *, clean: bool) -> None:
-        """Ids are dropped where a look may have read the file, and added only where it surely did."""
+    def _note_claims(self, t: float, settle_s: float, known_s: float, *, clean: bool) -> None:
+        """Ids are dropped where a look may have read the file, and added only where it surely did: by
+        the longer settle_s, when server.yaml has just changed it."""
         if not clean:
             self._first_clean.clear()
         root, complete = self.truth.whole.value
@@ -363,7 +365,7 @@ class Oracle:
                 said = meaning_of(name, value)
                 if not said.faulty:
                     known.intersection_update(said.specs)
-                if t - surely_since >= settle_s - EPSILON_S:
+                if t - surely_since >= known_s - EPSILON_S:
                     known.update(said.specs)
 
 
