@@ -4,8 +4,7 @@ compute_server   GRPCComputeServer: one function on one port
 backend          ComputeBackend: what a servicer serves
 servicer         the rpcs; messages and statuses translate for it
 addresses        where a server listens
-polling          the thread that polls, and runs what is short
-grpc_server      threads, bounds and the listening socket
+grpc_server      threads and bounds; the server itself is `splitlearn_comm.http2`, or gRPC's own
 monitoring       the machine's load
 """
 

@@ -13,8 +13,8 @@ from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.errors import ComputeError, DeadlinePassed
 from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.core.packed import Packed, Rows
+from splitlearn_comm.http2.calls import Call, version_metadata
 from splitlearn_comm.protocol import compute_pb2
-from splitlearn_comm.server.direct import Call, version_metadata
 from splitlearn_comm.server.messages import codec_for
 from splitlearn_comm.server.statuses import from_model_error
 

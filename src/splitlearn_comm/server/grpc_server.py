@@ -8,8 +8,11 @@ Three kinds of calls get threads of their own, so that none starves another:
     requests  ComputeStream                               as compute calls, each request of a stream
     control   HealthCheck, GetServiceInfo, and whatever else is registered on the server
 
-A call that finds its kind full is refused at once with RESOURCE_EXHAUSTED, before its message is read; gRPC
-itself refuses calls beyond all bounds together. This module never looks into a message.
+A call that finds its kind full is refused at once with RESOURCE_EXHAUSTED, before its message is read, and so
+are calls beyond all bounds together. This module never looks into a message.
+
+The server is our own (`splitlearn_comm.http2`). Where encryption or interceptors are asked for it is gRPC's,
+which gives each call a thread.
 """
 
 from __future__ import annotations
@@ -24,11 +27,12 @@ import grpc
 from google.protobuf.message import Message
 
 from splitlearn_comm.core.errors import ServerStartError
+from splitlearn_comm.core.frames import Bytes
+from splitlearn_comm.http2.calls import Call, Stream, Wire
+from splitlearn_comm.http2.polling import Work
+from splitlearn_comm.http2.server import Server
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server.addresses import bind, bind_socket, remove_socket
-from splitlearn_comm.server.direct import Call, DirectPool, Stream, Wire, available
-from splitlearn_comm.server.polling import Work
-from splitlearn_comm.server.polling import start as start_polling
 from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_comm.server.servicer import ComputeServicer
 from splitlearn_comm.server.streams import Streams
@@ -55,7 +59,7 @@ else:
 
 @dataclass(frozen=True)
 class _OnPool:
-    """A handler that gRPC runs on a pool of its own: it looks for this attribute."""
+    """A handler that runs on a pool of its own: servers look for this attribute."""
 
     handle: Callable[..., object]
     experimental_thread_pool: ThreadPoolExecutor
@@ -66,14 +70,14 @@ class _OnPool:
 
 @dataclass(frozen=True)
 class _TakesOver(_OnPool):
-    """A handler that takes calls over where the pool lets it, see `splitlearn_comm.server.direct`."""
+    """A handler that takes calls over where the server lets it, see `splitlearn_comm.http2.calls`."""
 
-    begin: Callable[[bytes, Call], None]
+    begin: Callable[[Bytes, Call], None]
 
 
 @dataclass(frozen=True)
 class _Opens(_OnPool):
-    """A handler that opens streams where the pool lets it, see `splitlearn_comm.server.direct`."""
+    """A handler that opens streams where the server lets it, see `splitlearn_comm.http2.calls`."""
 
     open: Callable[[Wire], Stream]
 
@@ -97,8 +101,8 @@ class _Route:
 class _Routes(GenericHandler):
     """Finds the handler of each call, or the refusal if its pool is full.
 
-    gRPC asks it for every call, one at a time, and submits the call to the pool before it asks again:
-    no call can slip in between the question and the submission.
+    Servers ask it for every call, one at a time, and count the call in the pool before they ask again:
+    no call can slip in between.
     """
 
     def __init__(self, routes: dict[str, _Route], refusals: BoundedPool) -> None:
@@ -120,10 +124,8 @@ class _Routes(GenericHandler):
         def refuse(_: object, context: grpc.ServicerContext) -> None:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
 
-        if isinstance(route.pool, DirectPool):
-            return grpc.unary_unary_rpc_method_handler(_Full(refuse, route.pool, text))
         # As if the request were a stream, because only then gRPC does not read its message first.
-        return grpc.stream_unary_rpc_method_handler(_OnPool(refuse, self._refusals))
+        return grpc.stream_unary_rpc_method_handler(_Full(refuse, self._refusals, text))
 
 
 class NetworkServer:
@@ -141,10 +143,8 @@ class NetworkServer:
         servicer: ComputeServicer,
         streams: Streams,
         pools: Sequence[BoundedPool],
-        work: Work | None,
         unix_socket: Path | None,
     ) -> None:
-        self._work = work
         self._unix_socket = unix_socket
         self.grpc_server = grpc_server
         self.port = port
@@ -154,10 +154,7 @@ class NetworkServer:
 
     def start(self) -> None:
         """Begin to answer."""
-        if self._work is None:
-            self.grpc_server.start()
-        else:
-            start_polling(self.grpc_server, self._work)
+        self.grpc_server.start()
 
     def stop(self, grace_s: float = 5.0) -> bool:
         """Refuse new calls, end streams, wait for running calls, cancel what is left.
@@ -219,25 +216,21 @@ def build_server(
     Raises:
         ServerStartError: if the address cannot be listened on.
     """
-    compute = (DirectPool if available() else BoundedPool)("compute", max_workers, max_waiting)
+    compute = BoundedPool("compute", max_workers, max_waiting)
     streams = BoundedPool("monitoring-stream", max_streams, 0)
     control = BoundedPool("control", _CONTROL_WORKERS, _CONTROL_WAITING)
     refusals = BoundedPool("refusal", 1, _REFUSALS_WAITING)
+    is_ours = credentials is None and not interceptors
     # Those that are taken over need no threads.
-    compute_streams = compute if available() else BoundedPool("compute-stream", max_streams, 0)
+    compute_streams = compute if is_ours else BoundedPool("compute-stream", max_streams, 0)
     opened = Streams(servicer.begin, compute)
     pools = tuple(dict.fromkeys((compute, compute_streams, streams, control, refusals)))
-    server = grpc.server(
-        control,
-        interceptors=list(interceptors),
-        maximum_concurrent_rpcs=sum(pool.limit for pool in pools),
-        options=(
-            ("grpc.max_receive_message_length", max_message_length),
-            ("grpc.max_send_message_length", max_message_length),
-            # Without this, a second server on the same port starts and takes half of the requests.
-            ("grpc.so_reuseport", 0),
-        ),
-    )
+    most = sum(pool.limit for pool in pools)
+    server: grpc.Server
+    if is_ours:
+        server = Server(control, max_message_length=max_message_length, max_calls=most, work=work)
+    else:
+        server = _server_of_grpc(control, interceptors, most, max_message_length)
     server.add_generic_rpc_handlers(
         (_Routes(_routes(servicer, opened, compute, compute_streams, streams, control), refusals),)
     )
@@ -246,11 +239,26 @@ def build_server(
         if unix_socket is not None:
             bind_socket(server, unix_socket)
     except ServerStartError:
+        server.stop(None)
         for pool in pools:
             pool.shutdown(wait=False)
         raise
-    return NetworkServer(
-        server, port, servicer, opened, pools, work if available() else None, unix_socket
+    return NetworkServer(server, port, servicer, opened, pools, unix_socket)
+
+
+def _server_of_grpc(
+    pool: BoundedPool, interceptors: Sequence[Interceptor], most: int, max_message_length: int
+) -> grpc.Server:
+    return grpc.server(
+        pool,
+        interceptors=list(interceptors),
+        maximum_concurrent_rpcs=most,
+        options=(
+            ("grpc.max_receive_message_length", max_message_length),
+            ("grpc.max_send_message_length", max_message_length),
+            # Without this, a second server on the same port starts and takes half of the requests.
+            ("grpc.so_reuseport", 0),
+        ),
     )
 
 
@@ -266,7 +274,7 @@ def _routes(
         handle: Callable[..., Message | bytes],
         request: type[Message],
         pool: BoundedPool,
-        begin: Callable[[bytes, Call], None] | None = None,
+        begin: Callable[[Bytes, Call], None] | None = None,
     ) -> Handler:
         return grpc.unary_unary_rpc_method_handler(
             _TakesOver(handle, pool, begin) if begin is not None else _OnPool(handle, pool),

@@ -35,10 +35,10 @@ from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.core.messages import decode_cache, encode_cache
 from splitlearn_comm.core.out_of_memory import telling_out_of_memory
 from splitlearn_comm.core.packed import Output, Rows
+from splitlearn_comm.http2.calls import Call as DirectCall
+from splitlearn_comm.http2.calls import version_metadata
 from splitlearn_comm.protocol import compute_pb2
 from splitlearn_comm.server.backend import ComputeBackend, Inferences, Opened
-from splitlearn_comm.server.direct import Call as DirectCall
-from splitlearn_comm.server.direct import version_metadata
 from splitlearn_comm.server.forward import NO_DEADLINE_S, Forward, WaitingCall
 from splitlearn_comm.server.forwards import ForwardTarget, ForwardTargets
 from splitlearn_comm.server.messages import (
@@ -135,7 +135,7 @@ class ComputeServicer:
         call = Call(context, request.model_id)
         return self._answer(call, lambda: self._backward(request, call))
 
-    def begin_compute(self, message: bytes, call: DirectCall) -> None:
+    def begin_compute(self, message: Bytes, call: DirectCall) -> None:
         """As `Compute`, for an encoded ComputeRequest, and without waiting for the answer."""
         try:
             request, data = frames.read(compute_pb2.ComputeRequest(), message)
@@ -161,10 +161,10 @@ class ComputeServicer:
         if not self._taken_over(request, data, call, started_s):
             call.run(lambda request, context: self._computed(request, data, context), request)
 
-    def begin_backward(self, message: bytes, call: DirectCall) -> None:
+    def begin_backward(self, message: Bytes, call: DirectCall) -> None:
         """As `ComputeBackward`, for an encoded BackwardRequest, and without waiting for the answer."""
         try:
-            request = compute_pb2.BackwardRequest.FromString(message)
+            request = compute_pb2.BackwardRequest.FromString(bytes(message))
         except DecodeError:
             call.refuse(grpc.StatusCode.INVALID_ARGUMENT, "the message is no BackwardRequest")
             return

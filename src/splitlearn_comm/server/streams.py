@@ -21,8 +21,8 @@ from google.protobuf.message import DecodeError
 
 from splitlearn_comm.core import frames
 from splitlearn_comm.core.frames import Bytes
+from splitlearn_comm.http2.calls import Call, Wire
 from splitlearn_comm.protocol import compute_pb2
-from splitlearn_comm.server.direct import Call, Wire
 from splitlearn_comm.server.pool import BoundedPool
 
 WINDOW = 64
@@ -73,7 +73,7 @@ class Streams:
 
 
 class RequestStream:
-    """One stream, see `splitlearn_comm.server.direct.Stream`."""
+    """One stream, see `splitlearn_comm.http2.calls.Stream`."""
 
     def __init__(self, wire: Wire, begin: Begin, pool: BoundedPool) -> None:
         self.wire = wire
@@ -85,7 +85,7 @@ class RequestStream:
         self._paused = False
         self._over: tuple[grpc.StatusCode, str] | None = None
 
-    def received(self, frame: bytes) -> bool:
+    def received(self, frame: Bytes) -> bool:
         """A request came; whether more are wanted now."""
         try:
             streamed, request, data = _read(frame)
@@ -161,7 +161,7 @@ class RequestStream:
 
 
 class StreamedCall:
-    """One request of a stream, see `splitlearn_comm.server.direct.Call`."""
+    """One request of a stream, see `splitlearn_comm.http2.calls.Call`."""
 
     def __init__(self, stream: RequestStream, streamed: compute_pb2.StreamedRequest) -> None:
         self.number = streamed.id
@@ -305,14 +305,14 @@ class _QueuedWire:
 
 
 def _read(
-    frame: bytes,
+    frame: Bytes,
 ) -> tuple[compute_pb2.StreamedRequest, compute_pb2.ComputeRequest, Bytes]:
     """The request with its id and time limit, what it asks, and the bytes of its tensor."""
     taken = frames.take_apart(frame)
-    streamed = compute_pb2.StreamedRequest.FromString(frame if taken is None else taken[1])
+    streamed = compute_pb2.StreamedRequest.FromString(bytes(frame) if taken is None else taken[1])
     if taken is not None and streamed.HasField("request"):
         # A message that comes twice is merged, which only the whole frame tells.
-        taken, streamed = None, compute_pb2.StreamedRequest.FromString(frame)
+        taken, streamed = None, compute_pb2.StreamedRequest.FromString(bytes(frame))
     if taken is None:
         return streamed, streamed.request, streamed.request.data
     request, data = frames.read(compute_pb2.ComputeRequest(), taken[0])

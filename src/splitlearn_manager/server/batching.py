@@ -143,7 +143,7 @@ class Batcher:
                 else:
                     self._see_to_time(now)
 
-    # The thread that polls, see `splitlearn_comm.server.polling.Work`.
+    # The thread that polls, see `splitlearn_comm.http2.polling.Work`.
 
     def polled_here(self) -> None:
         """Requests come by this thread from now on, and short batches may run on it."""

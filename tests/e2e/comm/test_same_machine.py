@@ -24,10 +24,10 @@ from splitlearn_comm import (
 from splitlearn_comm.core import shared_memory
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server
-from splitlearn_comm.server import grpc_server as wiring
 from splitlearn_comm.server.backend import ServiceInfo
 from support.comm_backend import FakeNode
 from support.comm_models import Doubler, Raising
+from support.interceptors import interceptors
 
 
 def files() -> set[Path]:
@@ -37,23 +37,21 @@ def files() -> set[Path]:
 class Place:
     """A server at a port and a socket."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, way: str = "") -> None:
         self.path = path
         self.node = FakeNode({"m": Doubler(), "bad": Raising(ValueError("no"))})
         servicer = ComputeServicer(self.node, SystemMonitor())
-        self.server = build_server(servicer, "127.0.0.1:0", unix_socket=path)
+        self.server = build_server(
+            servicer, "127.0.0.1:0", unix_socket=path, interceptors=interceptors(way)
+        )
         self.server.start()
         self.at_socket = f"unix:{path}"
         self.at_port = f"127.0.0.1:{self.server.port}"
 
 
 @pytest.fixture(params=["taken over", "gRPC's own"])
-def place(
-    tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Place]:
-    if request.param == "gRPC's own":
-        monkeypatch.setattr(wiring, "available", lambda: False)
-    made = Place(tmp_path / "node.sock")
+def place(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Place]:
+    made = Place(tmp_path / "node.sock", request.param)
     yield made
     made.server.stop(0.1)
     assert not made.path.exists()

@@ -19,8 +19,8 @@ from splitlearn_comm.client.errors import RemoteComputeError
 from splitlearn_comm.client.retry import FixedDelay
 from splitlearn_comm.core import ComputeFunction, ModelComputeFunction, TensorCodec
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
-from splitlearn_comm.server import grpc_server as wiring
 from splitlearn_comm.server.streams import WINDOW
+from support.interceptors import interceptors
 from support.waiting import eventually
 
 PATIENCE_S = 20.0
@@ -42,16 +42,15 @@ class Gated(ComputeFunction):
         return input_tensor * 2
 
 
-@pytest.fixture(params=["taken over", "gRPC's own"])
-def function(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Gated:
-    if request.param == "gRPC's own":
-        monkeypatch.setattr(wiring, "available", lambda: False)
+@pytest.fixture
+def function() -> Gated:
     return Gated()
 
 
-@pytest.fixture
-def server(function: Gated) -> Iterator[GRPCComputeServer]:
-    with GRPCComputeServer(function, port=0, max_workers=4) as server:
+@pytest.fixture(params=["taken over", "gRPC's own"])
+def server(function: Gated, request: pytest.FixtureRequest) -> Iterator[GRPCComputeServer]:
+    way = interceptors(request.param)
+    with GRPCComputeServer(function, port=0, max_workers=4, interceptors=way) as server:
         yield server
 
 

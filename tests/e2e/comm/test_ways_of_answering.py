@@ -12,11 +12,12 @@ import torch
 from splitlearn_comm.core import TensorCodec
 from splitlearn_comm.core.packed import Output
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
-from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server, direct
-from splitlearn_comm.server import grpc_server as wiring
+from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server
 from splitlearn_comm.server.backend import Inference
 from support.comm_backend import FakeNode
 from support.comm_models import Doubler, Raising
+from support.interceptors import interceptors
+from support.waiting import eventually
 
 COMPUTE = "/splitlearn.comm.ComputeService/Compute"
 PATIENCE_S = 20.0
@@ -86,16 +87,19 @@ class AsItComes(Later):
 
 
 class Lab:
-    polls = False
+    way = "taken over"
 
     def __init__(self, inferences: Later | None = None, **options: int) -> None:
         self.inferences = inferences or Later()
         self.node = FakeNode({"m": Doubler(), "bad": Raising(ValueError("no"))})
         servicer = ComputeServicer(self.node, SystemMonitor(), inferences=self.inferences)
         work = self.inferences if isinstance(self.inferences, AsItComes) else None
-        if self.polls and work is None:
+        if self.way == "own polling" and work is None:
             work = AsItComes()  # nothing ever waits in it
-        self.server = build_server(servicer, "127.0.0.1:0", work=work, **options)
+        through = interceptors(self.way)
+        self.server = build_server(
+            servicer, "127.0.0.1:0", work=work, interceptors=through, **options
+        )
         self.server.start()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.server.port}")
         self.stub = compute_pb2_grpc.ComputeServiceStub(self.channel)
@@ -110,9 +114,7 @@ class Lab:
 
 @pytest.fixture(params=["taken over", "own polling", "gRPC's own"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "gRPC's own":
-        monkeypatch.setattr(wiring, "available", lambda: False)
-    monkeypatch.setattr(Lab, "polls", request.param == "own polling")
+    monkeypatch.setattr(Lab, "way", request.param)
     return str(request.param)
 
 
@@ -123,11 +125,6 @@ def asking(value: float, **fields: object) -> compute_pb2.ComputeRequest:
 
 def value_of(response: compute_pb2.ComputeResponse) -> float:
     return float(TensorCodec().decode(response.data, response.shape).max())
-
-
-def test_this_grpc_has_what_calls_are_taken_over_with() -> None:
-    """Where it fails, everything works still, but slower: `direct` wants to be brought up to date."""
-    assert direct.available()
 
 
 def test_answers_come_in_any_order_and_to_whom_they_belong(way: str) -> None:
@@ -264,8 +261,13 @@ def test_work_that_takes_long_holds_up_nobody_else() -> None:
             assert work.run_by[-1] != held_up
             work.go_on.set()
             assert value_of(slow.result()) == 4
-        assert value_of(lab.stub.Compute(asking(4), timeout=PATIENCE_S)) == 8
-        assert work.run_by[-1] == work.begun_by[-1] == work.polls_now
+
+        def answered_by_the_one_that_polls() -> bool:
+            assert value_of(lab.stub.Compute(asking(4), timeout=PATIENCE_S)) == 8
+            return work.run_by[-1] == work.begun_by[-1] == work.polls_now
+
+        # On a busy machine the polling may change hands once more.
+        eventually(answered_by_the_one_that_polls, "no handing over is left")
 
 
 def test_a_server_stops_while_work_holds_its_polling_thread() -> None:

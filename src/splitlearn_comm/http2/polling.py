@@ -1,4 +1,4 @@
-"""gRPC's polling thread, as one that also runs what its calls ask for: no request changes threads.
+"""The thread that looks at all connections, as one that also runs what their calls ask for.
 
     look for calls without waiting ─► begin each ─► nothing more there: run a batch, answer it ─► look again
 
@@ -6,8 +6,6 @@ Small forwards cost less than waking a thread for them, so that what is expected
 between two looks. Calls that come meanwhile wait for the next look, and are its batch. What is long, or not
 known yet, is run by others (see `Work`). A piece of work that turns out to take long loses the polling to
 another thread, so that nothing else waits for it longer than about `TAKEOVER_S`.
-
-As `splitlearn_comm.server.direct`, this needs inner parts of gRPC, and is used only where these are known.
 """
 
 from __future__ import annotations
@@ -15,19 +13,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
-
-import grpc
 
 _log = logging.getLogger(__name__)
 
 TAKEOVER_S = 0.05
 """Work that takes longer no longer keeps calls from being begun."""
-_NO_CALLS_S = 0.2
-"""How long to wait for calls before looking whether the server is still wanted."""
-_MOST_EVENTS = 256
-"""So many events are looked at before work goes first, however many calls come."""
-_AT_ONCE = 0.0
+_MOST_LOOKS = 16
+"""So often something may have arrived before work goes first, however much there is."""
 
 
 class Work(Protocol):
@@ -50,36 +44,33 @@ class Work(Protocol):
         ...
 
 
-def start(server: grpc.Server, work: Work) -> None:
-    """Start a server whose polling thread runs `work`, in place of `server.start()`.
+class NoWork:
+    """Nothing: all that calls ask for is done by others."""
 
-    Raises:
-        ValueError: if it was started before.
-    """
-    from grpc import _server
+    def polled_here(self) -> None:
+        pass
 
-    state = server._state  # type: ignore[attr-defined]
-    with state.lock:
-        if state.stage is not _server._ServerStage.STOPPED:
-            raise ValueError("the server was started before")
-        state.server.start()
-        state.stage = _server._ServerStage.STARTED
-        for method in state.registered_method_handlers:
-            _server._request_registered_call(state, method)
-        _server._request_call(state)
-    Polling(state, work).start()
+    def has_work(self) -> bool:
+        return False
+
+    def waits_here(self) -> bool:
+        return False
+
+    def run_here(self) -> None:
+        pass
 
 
 class Polling:
     """The thread that polls, and the one that takes over from it.
 
     Args:
-        state: of the server.
+        look: takes what has arrived; told whether to wait until something does. Whether anything had; None
+            once there is nothing to look at any more.
         work: see `Work`.
     """
 
-    def __init__(self, state: Any, work: Work) -> None:
-        self._state = state
+    def __init__(self, look: Callable[[bool], bool | None], work: Work) -> None:
+        self._look = look
         self._work = work
         self._poller: object = None
         self._since_s: float | None = None
@@ -91,37 +82,31 @@ class Polling:
     def start(self) -> None:
         """Begin to poll."""
         _thread("grpc-polling", self._poll)
-        _thread("grpc-takeover", self._watch)
+        if not isinstance(self._work, NoWork):
+            _thread("grpc-takeover", self._watch)
 
     def _poll(self) -> None:
-        from grpc import _server
-        from grpc._cython import cygrpc  # type: ignore[attr-defined]
-
         me = self._poller = object()
         self._since_s = None
         self._work.polled_here()
-        timed_out = cygrpc.CompletionType.queue_timeout
-        state, events, looked = self._state, 0, False
+        looks = 0
         while self._poller is me:
-            enough = looked or events >= _MOST_EVENTS
-            if enough:
-                events = 0
-                if self._work.waits_here():
-                    self._run(me)
-                    looked = False
-                    continue
-            at_once = not enough and self._work.has_work()
-            event = state.completion_queue.poll(_AT_ONCE if at_once else time.time() + _NO_CALLS_S)
-            if state.server_deallocated:
-                _server._begin_shutdown_once(state)
-            looked = event.completion_type == timed_out
-            events += 1
-            if not looked and not _server._process_event_and_continue(state, event):
+            arrived: bool | None = True
+            while arrived and looks < _MOST_LOOKS:
+                arrived = self._look(not self._work.has_work())
+                looks += 1
+            if arrived is None:
                 self._over = True
                 self._wake.set()
                 return
-            # What an event refers to may be waited for by the next look.
-            event = None
+            looks = 0
+            if self._work.waits_here():
+                self._run(me)
+            elif not arrived:
+                # What there is to do is done elsewhere.
+                if self._look(True) is None:
+                    continue
+                looks = 1
 
     def _run(self, me: object) -> None:
         self._since_s = time.monotonic()

@@ -1,0 +1,351 @@
+"""What leaves on one connection, from any thread, and never waiting.
+
+    answer ─► within the windows, and nothing waits before it? ─► one call of the system's
+                └► a copy, until the caller takes more ─► the thread that looks at connections
+
+Whoever has an answer sends it; what the system does not take at once, and what the caller's flow control
+holds back, goes out when the polling thread hears that there is room. The parts of an answer may change once
+`send` has returned: what is kept of them is copied.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+from splitlearn_comm.core.frames import Bytes
+from splitlearn_comm.http2 import frames, headers, messages
+
+_MOST_PARTS = 512
+"""Parts of one call of the system's; the least that one allows is 1024."""
+_AT_ONCE = 1 << 20
+"""Bytes of one call's answer that are made ready before other calls on the connection have their turn."""
+_MOST_CONTROL_BYTES = 1 << 20
+"""Of answers to pings and settings that wait; a caller who does not read them is not kept."""
+_LARGEST_FRAME = 1 << 20
+_LAST_HEADERS = frames.END_HEADERS | frames.END_STREAM
+
+
+class Lane:
+    """One call's way out.
+
+    Args:
+        number: of its stream.
+        window: bytes that its caller takes.
+        sent: called when a message has gone out; on any thread, without locks.
+    """
+
+    __slots__ = ("began", "ended", "number", "queue", "sent", "tail", "window")
+
+    def __init__(self, number: int, window: int, sent: Callable[[], None] | None = None) -> None:
+        self.number = number
+        self.window = window
+        self.sent = sent
+        self.began = False
+        self.ended = False
+        self.queue: deque[memoryview] = deque()
+        self.tail = b""
+
+
+class Outgoing:
+    """See the module's text.
+
+    Args:
+        connection: a socket that does not block.
+        wants_room: called, on any thread, when something waits for the system to take more.
+        broken: called, on any thread, when nothing can be sent any more.
+    """
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        wants_room: Callable[[], None],
+        broken: Callable[[], None],
+    ) -> None:
+        self._socket = connection
+        self._wants_room = wants_room
+        self._broken = broken
+        self._lock = threading.Lock()
+        self._window = frames.FIRST_WINDOW
+        self._frame_size = frames.LEAST_MAX_FRAME
+        self._backlog: deque[memoryview] = deque()
+        self._control_bytes = 0
+        self._waiting: dict[int, Lane] = {}
+        self._closed = False
+
+    # From any thread.
+
+    def send(
+        self,
+        lane: Lane,
+        parts: Sequence[Bytes] | None,
+        tail: bytes = b"",
+        head: bytes = b"",
+        *,
+        stop: bool = False,
+    ) -> None:
+        """Send a message of these parts, and with `tail`, a block of headers, end the call.
+
+        Args:
+            parts: None for no message.
+            head: the block of headers that begins the answer, where it is not the usual one.
+            stop: at the end, ask the caller to stop sending (RFC 9113, 8.1).
+        """
+        with self._lock:
+            if lane.ended or self._closed:
+                return
+            lane.ended = bool(tail)
+            first = last = b""
+            if not lane.began:
+                head = head or headers.answer_head()
+                if tail and parts is None:
+                    # One frame for all there is to say.
+                    tail = head + tail
+                else:
+                    first = frames.frame(frames.HEADERS, frames.END_HEADERS, lane.number, head)
+                lane.began = True
+            if tail:
+                last = frames.frame(frames.HEADERS, _LAST_HEADERS, lane.number, tail)
+                if stop:
+                    last += frames.reset(lane.number, frames.NO_ERROR)
+            content: Sequence[Bytes] = ()
+            size = 0
+            if parts is not None:
+                size = sum(map(len, parts))
+                content = (messages.prefix(size), *parts)
+                size += messages.PREFIX_BYTES
+            # What carries no message need not fit into a window.
+            room = not content or size <= min(self._window, lane.window)
+            if room and not self._backlog and not self._waiting:
+                self._window -= size
+                lane.window -= size
+                self._write(self._framed(lane, first, content, size, last))
+                gone = [lane] if content else []
+            else:
+                if first:
+                    self._write_or_queue(first)
+                if content:
+                    lane.queue.append(memoryview(b"".join(content)))
+                lane.tail = last
+                if content or last:
+                    self._waiting[lane.number] = lane
+                gone = self._pump()
+        _tell(gone)
+
+    def control(self, data: bytes) -> None:
+        """Send whole frames that no flow control holds back."""
+        with self._lock:
+            self._control(data)
+
+    def drop(self, lane: Lane | None, number: int, code: int | None = None) -> None:
+        """Send nothing more of a call; with a code, tell the other end.
+
+        Args:
+            lane: None if the call has been answered, though not all of that may have gone out.
+            number: of the stream.
+        """
+        with self._lock:
+            lane = lane or self._waiting.get(number)
+            if lane is not None:
+                lane.ended = True
+                lane.queue.clear()
+                lane.tail = b""
+                self._waiting.pop(number, None)
+            if code is not None:
+                self._write_or_queue(frames.reset(number, code))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether all that was sent has gone out."""
+        return not self._backlog and not self._waiting
+
+    # On the polling thread.
+
+    def flush(self) -> bool:
+        """The system takes more; whether something still waits for it."""
+        with self._lock:
+            self._write_backlog()
+            gone = self._pump()
+            waits = bool(self._backlog)
+        _tell(gone)
+        return waits
+
+    def widen(self, lane: Lane | None, number: int, more: int) -> None:
+        """The other end takes more, on a call or (0) on all of the connection.
+
+        Args:
+            lane, number: see `drop`.
+
+        Raises:
+            OverflowError: if that is more than a window can be.
+        """
+        with self._lock:
+            if not number:
+                self._window += more
+            else:
+                lane = lane or self._waiting.get(number)
+                if lane is not None:
+                    lane.window += more
+            window = self._window if lane is None else lane.window
+            if window > frames.LARGEST_WINDOW:
+                raise OverflowError
+            gone = self._pump() if self._waiting else []
+        _tell(gone)
+
+    def agree(self, lanes: Iterable[Lane], more: int, frame_size: int | None) -> None:
+        """Take the other end's settings over, and say so before anything is sent that follows from them.
+
+        Args:
+            lanes: of the calls under way.
+            more: how much larger the window is that calls begin with; may be negative.
+            frame_size: the largest frame that it takes; None if it did not say.
+        """
+        with self._lock:
+            for lane in {*lanes, *self._waiting.values()}:
+                lane.window += more
+            if frame_size is not None:
+                self._frame_size = min(frame_size, _LARGEST_FRAME)
+            self._control(frames.frame(frames.SETTINGS, frames.ACK, 0))
+            gone = self._pump()
+        _tell(gone)
+
+    def close(self) -> None:
+        """Nothing can be sent any more."""
+        with self._lock:
+            self._closed = True
+            self._backlog.clear()
+            self._waiting.clear()
+
+    # The lock is held.
+
+    def _framed(
+        self, lane: Lane, first: bytes, content: Sequence[Bytes], size: int, last: bytes
+    ) -> list[Bytes]:
+        """What is written for a message of `size` bytes, with the frames before and after it."""
+        if not size:
+            return [first + last]
+        if size <= self._frame_size:
+            begin = first + frames.head(size, frames.DATA, 0, lane.number)
+            return [begin, *content, last] if last else [begin, *content]
+        out: list[Bytes] = [first] if first else []
+        left = size
+        room = 0
+        for part in content:
+            view = memoryview(part)
+            while view:
+                if not room:
+                    room = min(left, self._frame_size)
+                    left -= room
+                    out.append(frames.head(room, frames.DATA, 0, lane.number))
+                out.append(view[:room])
+                taken = min(room, len(view))
+                view = view[taken:]
+                room -= taken
+        if last:
+            out.append(last)
+        return out
+
+    def _pump(self) -> list[Lane]:
+        """Send what waits as far as the windows go; the lanes of which a message has gone, once for each."""
+        gone: list[Lane] = []
+        while self._waiting and not self._backlog and not self._closed:
+            moved = False
+            for lane in tuple(self._waiting.values()):
+                if self._backlog:
+                    break
+                size = min(self._window, lane.window, _AT_ONCE)
+                content: list[Bytes] = []
+                taken = 0
+                while lane.queue and taken < size:
+                    view = lane.queue[0]
+                    part = view[: size - taken]
+                    content.append(part)
+                    taken += len(part)
+                    if len(part) == len(view):
+                        lane.queue.popleft()
+                        gone.append(lane)
+                    else:
+                        lane.queue[0] = view[len(part) :]
+                last = b"" if lane.queue else lane.tail
+                del self._waiting[lane.number]
+                if lane.queue:
+                    self._waiting[lane.number] = lane  # behind the others
+                if taken or last:
+                    moved = True
+                    self._window -= taken
+                    lane.window -= taken
+                    self._write(self._framed(lane, b"", content, taken, last))
+            if not moved:
+                break
+        return gone
+
+    def _control(self, data: bytes) -> None:
+        if self._backlog:
+            self._control_bytes += len(data)
+        self._write_or_queue(data)
+        if self._control_bytes > _MOST_CONTROL_BYTES:
+            self._end()
+
+    def _write_or_queue(self, data: bytes) -> None:
+        if self._backlog:
+            self._backlog.append(memoryview(data))
+        elif not self._closed:
+            self._write((data,))
+
+    def _write(self, parts: Sequence[Bytes]) -> None:
+        """Write what nothing waits before; keep a copy of what the system does not take."""
+        at = 0
+        while at < len(parts):
+            some = parts if len(parts) <= _MOST_PARTS else parts[at : at + _MOST_PARTS]
+            at += len(some)
+            try:
+                sent = self._socket.sendmsg(some)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._end()
+                return
+            if sent < sum(map(len, some)):
+                self._backlog.append(_copied([*some, *parts[at:]], sent))
+                self._wants_room()
+                return
+
+    def _write_backlog(self) -> None:
+        while self._backlog:
+            view = self._backlog[0]
+            try:
+                sent = self._socket.send(view)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._end()
+                return
+            if sent < len(view):
+                self._backlog[0] = view[sent:]
+            else:
+                self._backlog.popleft()
+        self._control_bytes = 0
+
+    def _end(self) -> None:
+        self._closed = True
+        self._backlog.clear()
+        self._waiting.clear()
+        self._broken()
+
+
+def _copied(parts: Sequence[Bytes], begin: int) -> memoryview:
+    """The bytes of `parts` from `begin` on."""
+    kept: list[memoryview] = []
+    for part in parts:
+        if begin < len(part):
+            kept.append(memoryview(part)[begin:])
+        begin = max(0, begin - len(part))
+    return memoryview(b"".join(kept))
+
+
+def _tell(gone: Sequence[Lane]) -> None:
+    for lane in gone:
+        if lane.sent is not None:
+            lane.sent()
