@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -43,7 +44,11 @@ _DTYPES = (
 
 def checked_shape(shape: Sequence[int]) -> tuple[int, ...]:
     """Return `shape` as a tuple, or raise `InvalidRequest` if no tensor can have it."""
-    dims = tuple(shape)
+    return _checked(tuple(shape))
+
+
+@lru_cache(maxsize=1024)
+def _checked(dims: tuple[int, ...]) -> tuple[int, ...]:
     if len(dims) > MAX_DIMENSIONS:
         raise InvalidRequest(
             f"the shape has {len(dims)} dimensions; at most {MAX_DIMENSIONS} are possible"
@@ -151,19 +156,21 @@ class TensorCodec:
         """As `decode`, for a tensor that is made later."""
         dims = checked_shape(shape)
         expected = self._bytes(dims)
-        needs = f"shape {list(dims)} of {self.wire_dtype} needs {expected} bytes"
         if self.compression is not None:
             if max(expected, math.prod(dims) * self.dtype.itemsize) > self.max_decoded_bytes:
-                raise InvalidRequest(
-                    f"{needs}; compressed tensors of at most {self.max_decoded_bytes} are accepted"
-                )
+                limit = f"compressed tensors of at most {self.max_decoded_bytes} are accepted"
+                raise InvalidRequest(f"{self._needs(dims)}; {limit}")
             try:
                 data = self.compression.expand(data, expected)
             except TooMuch:
-                raise InvalidRequest(f"{needs}, but the message inflates to more") from None
+                text = f"{self._needs(dims)}, but the message inflates to more"
+                raise InvalidRequest(text) from None
         if len(data) != expected:
-            raise InvalidRequest(f"{needs}, but the message carries {len(data)}")
+            raise InvalidRequest(f"{self._needs(dims)}, but the message carries {len(data)}")
         return self._packed(data, dims)
+
+    def _needs(self, dims: tuple[int, ...]) -> str:
+        return f"shape {list(dims)} of {self.wire_dtype} needs {self._bytes(dims)} bytes"
 
     # What a way of writing numbers has of its own.
 
@@ -172,8 +179,10 @@ class TensorCodec:
         plain = tensor
         if not self._is_plain(tensor):
             plain = tensor.detach().to("cpu", self.dtype).contiguous().resolve_neg()
-        # Through uint8, because numpy has no bfloat16; flattened, because a scalar has no bytes to view.
-        return plain.view(-1).view(torch.uint8).numpy().data
+        if plain.dtype is torch.bfloat16:
+            plain = plain.view(torch.int16)  # numpy has none
+        # Flattened, because a scalar has no bytes to view.
+        return plain.numpy().reshape(-1).view(np.uint8).data
 
     def _bytes(self, dims: tuple[int, ...]) -> int:
         """How many bytes a tensor has."""

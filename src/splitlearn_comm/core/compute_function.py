@@ -219,4 +219,6 @@ def on_cpu(tensor: object) -> torch.Tensor:
 
     if not isinstance(tensor, torch.Tensor):
         raise ComputeFailed(f"the model returned a {type(tensor).__name__}; expected a tensor")
+    if tensor.is_cpu and not tensor.requires_grad:
+        return tensor
     return tensor.detach().to("cpu")

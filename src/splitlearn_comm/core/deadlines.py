@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
 
@@ -15,11 +13,17 @@ def deadline_s() -> float | None:
     return _DEADLINE_S.get()
 
 
-@contextmanager
-def working_for(remaining_s: float | None) -> Iterator[None]:
-    """What is done in the block is for a caller who waits that many seconds more."""
-    token = _DEADLINE_S.set(None if remaining_s is None else monotonic() + remaining_s)
-    try:
-        yield
-    finally:
-        _DEADLINE_S.reset(token)
+class working_for:  # noqa: N801 - used as a function
+    """What is done in the block of a `with` is for a caller who waits that many seconds more."""
+
+    __slots__ = ("_remaining_s", "_token")
+
+    def __init__(self, remaining_s: float | None) -> None:
+        self._remaining_s = remaining_s
+
+    def __enter__(self) -> None:
+        left_s = self._remaining_s
+        self._token = _DEADLINE_S.set(None if left_s is None else monotonic() + left_s)
+
+    def __exit__(self, *error: object) -> None:
+        _DEADLINE_S.reset(self._token)

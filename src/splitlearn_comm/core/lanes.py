@@ -47,6 +47,8 @@ class Lane:
 
     def send(self, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The tensor on the device."""
+        if tensor.dtype is dtype and tensor.device == self._device:
+            return tensor
         return tensor.to(self._device, dtype)
 
     def fetch(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -20,19 +20,21 @@ class ReadWriteLock:
         self._writers_waiting = 0
         self._writing = False
 
-    @contextmanager
-    def read(self) -> Iterator[None]:
-        """Hold the lock as one of many readers."""
+    def read(self) -> _Reading:
+        """Hold the lock, for the block of a `with`, as one of many readers."""
+        return _Reading(self)
+
+    def _begin_reading(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._writing and not self._writers_waiting)
+            while self._writing or self._writers_waiting:
+                self._changed.wait()
             self._readers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._readers -= 1
-                if not self._readers:
-                    self._changed.notify_all()
+
+    def _end_reading(self) -> None:
+        with self._changed:
+            self._readers -= 1
+            if not self._readers:
+                self._changed.notify_all()
 
     @contextmanager
     def write(self) -> Iterator[None]:
@@ -50,3 +52,18 @@ class ReadWriteLock:
             with self._changed:
                 self._writing = False
                 self._changed.notify_all()
+
+
+class _Reading:
+    """One reader. A class, because every forward is one, and a generator costs it more."""
+
+    __slots__ = ("_lock",)
+
+    def __init__(self, lock: ReadWriteLock) -> None:
+        self._lock = lock
+
+    def __enter__(self) -> None:
+        self._lock._begin_reading()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock._end_reading()
