@@ -18,7 +18,7 @@ import logging
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grpc
@@ -99,7 +99,7 @@ class Host(Protocol):
 
 
 class StreamOfCall:
-    """One call. Its methods may be called from any thread.
+    """One call, until its answer has gone out. Its methods may be called from any thread.
 
     Attributes:
         head: what its headers say.
@@ -129,7 +129,7 @@ class StreamOfCall:
     def __init__(self, connection: Connection, number: int, head: CallHead, window: int) -> None:
         self.connection = connection
         self.head = head
-        self.lane = Lane(number, window, self._sent)
+        self.lane = Lane(number, window, self._sent, self.end)
         self.until_s = NEVER_S if head.timeout_s is None else time.monotonic() + head.timeout_s
         self.active = True
         self.trailing: Metadata = ()
@@ -151,32 +151,42 @@ class StreamOfCall:
 
     def answer(self, *parts: Bytes) -> None:
         """Send the one message of the answer, and end the call."""
-        tail = headers.trailers(grpc.StatusCode.OK, "", self.trailing)
-        self.connection.outgoing.send(self.lane, parts, tail)
-        self.end()
+        if self._fits(parts):
+            self.active = False
+            tail = headers.trailers(grpc.StatusCode.OK, "", self.trailing)
+            self.connection.outgoing.send(self.lane, parts, tail)
 
     def write(self, *parts: Bytes) -> None:
         """Send a message of the answer."""
-        self.connection.outgoing.send(self.lane, parts)
+        if self._fits(parts):
+            self.connection.outgoing.send(self.lane, parts)
 
     def finish(self, status: grpc.StatusCode, details: str) -> None:
         """End the call with a status, after what was written."""
+        self.active = False
         tail = headers.trailers(status, details, self.trailing)
         self.connection.outgoing.send(self.lane, None, tail, stop=not self.is_ending)
-        self.end()
 
     def read_on(self) -> None:
         """Go on handing messages over."""
         self.connection.host.soon(self.resume)
 
     def end(self) -> None:
-        """The call is over; a second call does nothing."""
+        """All of the call is over; a second call does nothing."""
         self.active = False
         if self.connection.streams.pop(self.lane.number, None) is None:
             return
         if self.handler is not None:
             self.handler.over()
         self.connection.host.ended(self)
+
+    def _fits(self, parts: Sequence[Bytes]) -> bool:
+        """Whether a message may be sent; the caller is told if not."""
+        size, limit = sum(map(len, parts)), self.connection.host.max_message_length
+        if size > limit:
+            text = f"the answer is a message of {size} bytes; the most that is sent is {limit}"
+            self.finish(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        return size <= limit
 
     def _sent(self) -> None:
         if self.handler is not None:
@@ -465,15 +475,16 @@ class Connection:
         self._collect(flags, payload)
 
     def _collect(self, flags: int, part: bytes) -> None:
-        block = bytes(self._block + part) if self._block is not None else part
-        if len(block) > _MOST_OTHER_BYTES:
-            raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "headers without an end")
+        if self._block is not None:
+            self._block += part
+            if len(self._block) > _MOST_OTHER_BYTES:
+                raise ConnectionFault(frames.ENHANCE_YOUR_CALM, "headers without an end")
         if not flags & frames.END_HEADERS:
-            self._block = bytearray(block)
+            self._block = bytearray(part) if self._block is None else self._block
             return
-        self._block = None
+        block, self._block = self._block, None
         # Whatever becomes of them, they are read: later ones may refer to them.
-        head = self._headers.read(block)
+        head = self._headers.read(part if block is None else bytes(block))
         number, first_flags = self._block_of
         stream = self.streams.get(number)
         if stream is not None:
@@ -508,9 +519,8 @@ class Connection:
         if len(payload) != 4 or not number or number > self._begun:
             raise ConnectionFault(frames.PROTOCOL_ERROR, "an end of no call")
         stream = self.streams.get(number)
-        self.outgoing.drop(None if stream is None else stream.lane, number)
         if stream is not None:
-            self._gone(stream)
+            self._break(stream, None)
 
     def _take_settings(self, flags: int, number: int, payload: bytes) -> None:
         if number or len(payload) % frames.SETTING_BYTES or (flags & frames.ACK and payload):
@@ -545,25 +555,23 @@ class Connection:
         if number > self._begun:
             raise ConnectionFault(frames.PROTOCOL_ERROR, "a window of no call")
         stream = self.streams.get(number)
+        if number and stream is None:
+            return  # of a call that is over
         try:
             if not more:
                 raise OverflowError
-            self.outgoing.widen(None if stream is None else stream.lane, number, more)
+            self.outgoing.widen(None if stream is None else stream.lane, more)
         except OverflowError:
-            if not number:
+            if stream is None:
                 why = "a window that cannot be"
                 raise ConnectionFault(frames.FLOW_CONTROL_ERROR, why) from None
-            self.outgoing.drop(
-                None if stream is None else stream.lane, number, frames.FLOW_CONTROL_ERROR
-            )
-            if stream is not None:
-                self._gone(stream)
+            self._break(stream, frames.FLOW_CONTROL_ERROR)
 
     def _take_promise(self, flags: int, number: int, payload: bytes) -> None:
         raise ConnectionFault(frames.PROTOCOL_ERROR, "a caller promises nothing")
 
-    def _break(self, stream: StreamOfCall, code: int) -> None:
-        self.outgoing.drop(stream.lane, stream.lane.number, code)
+    def _break(self, stream: StreamOfCall, code: int | None) -> None:
+        self.outgoing.drop(stream.lane, code)
         self._gone(stream)
 
     def _gone(self, stream: StreamOfCall) -> None:

@@ -35,14 +35,18 @@ class Lane:
         number: of its stream.
         window: bytes that its caller takes.
         sent: called when a message has gone out; on any thread, without locks.
+        over: called when the end has gone out; likewise.
     """
 
-    __slots__ = ("began", "ended", "number", "queue", "sent", "tail", "window")
+    __slots__ = ("began", "ended", "number", "over", "queue", "sent", "tail", "window")
 
-    def __init__(self, number: int, window: int, sent: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, number: int, window: int, sent: Callable[[], None], over: Callable[[], None]
+    ) -> None:
         self.number = number
         self.window = window
         self.sent = sent
+        self.over = over
         self.began = False
         self.ended = False
         self.queue: deque[memoryview] = deque()
@@ -122,7 +126,9 @@ class Outgoing:
                 self._window -= size
                 lane.window -= size
                 self._write(self._framed(lane, first, content, size, last))
-                gone = [lane] if content else []
+                told = [lane.sent] if content else []
+                if last:
+                    told.append(lane.over)
             else:
                 if first:
                     self._write_or_queue(first)
@@ -131,30 +137,23 @@ class Outgoing:
                 lane.tail = last
                 if content or last:
                     self._waiting[lane.number] = lane
-                gone = self._pump()
-        _tell(gone)
+                told = self._pump()
+        _tell(told)
 
     def control(self, data: bytes) -> None:
         """Send whole frames that no flow control holds back."""
         with self._lock:
             self._control(data)
 
-    def drop(self, lane: Lane | None, number: int, code: int | None = None) -> None:
-        """Send nothing more of a call; with a code, tell the other end.
-
-        Args:
-            lane: None if the call has been answered, though not all of that may have gone out.
-            number: of the stream.
-        """
+    def drop(self, lane: Lane, code: int | None = None) -> None:
+        """Send nothing more of a call; with a code, tell the other end."""
         with self._lock:
-            lane = lane or self._waiting.get(number)
-            if lane is not None:
-                lane.ended = True
-                lane.queue.clear()
-                lane.tail = b""
-                self._waiting.pop(number, None)
+            lane.ended = True
+            lane.queue.clear()
+            lane.tail = b""
+            self._waiting.pop(lane.number, None)
             if code is not None:
-                self._write_or_queue(frames.reset(number, code))
+                self._write_or_queue(frames.reset(lane.number, code))
 
     @property
     def is_empty(self) -> bool:
@@ -167,32 +166,26 @@ class Outgoing:
         """The system takes more; whether something still waits for it."""
         with self._lock:
             self._write_backlog()
-            gone = self._pump()
+            told = self._pump()
             waits = bool(self._backlog)
-        _tell(gone)
+        _tell(told)
         return waits
 
-    def widen(self, lane: Lane | None, number: int, more: int) -> None:
-        """The other end takes more, on a call or (0) on all of the connection.
-
-        Args:
-            lane, number: see `drop`.
+    def widen(self, lane: Lane | None, more: int) -> None:
+        """The other end takes more, of a call or (None) of all the connection.
 
         Raises:
             OverflowError: if that is more than a window can be.
         """
         with self._lock:
-            if not number:
+            if lane is None:
                 self._window += more
             else:
-                lane = lane or self._waiting.get(number)
-                if lane is not None:
-                    lane.window += more
-            window = self._window if lane is None else lane.window
-            if window > frames.LARGEST_WINDOW:
+                lane.window += more
+            if (self._window if lane is None else lane.window) > frames.LARGEST_WINDOW:
                 raise OverflowError
-            gone = self._pump() if self._waiting else []
-        _tell(gone)
+            told = self._pump() if self._waiting else []
+        _tell(told)
 
     def agree(self, lanes: Iterable[Lane], more: int, frame_size: int | None) -> None:
         """Take the other end's settings over, and say so before anything is sent that follows from them.
@@ -203,13 +196,13 @@ class Outgoing:
             frame_size: the largest frame that it takes; None if it did not say.
         """
         with self._lock:
-            for lane in {*lanes, *self._waiting.values()}:
+            for lane in lanes:
                 lane.window += more
             if frame_size is not None:
                 self._frame_size = min(frame_size, _LARGEST_FRAME)
             self._control(frames.frame(frames.SETTINGS, frames.ACK, 0))
-            gone = self._pump()
-        _tell(gone)
+            told = self._pump()
+        _tell(told)
 
     def close(self) -> None:
         """Nothing can be sent any more."""
@@ -247,9 +240,9 @@ class Outgoing:
             out.append(last)
         return out
 
-    def _pump(self) -> list[Lane]:
-        """Send what waits as far as the windows go; the lanes of which a message has gone, once for each."""
-        gone: list[Lane] = []
+    def _pump(self) -> list[Callable[[], None]]:
+        """Send what waits as far as the windows go; who is to be told of what has gone."""
+        told: list[Callable[[], None]] = []
         while self._waiting and not self._backlog and not self._closed:
             moved = False
             for lane in tuple(self._waiting.values()):
@@ -265,13 +258,15 @@ class Outgoing:
                     taken += len(part)
                     if len(part) == len(view):
                         lane.queue.popleft()
-                        gone.append(lane)
+                        told.append(lane.sent)
                     else:
                         lane.queue[0] = view[len(part) :]
                 last = b"" if lane.queue else lane.tail
                 del self._waiting[lane.number]
                 if lane.queue:
                     self._waiting[lane.number] = lane  # behind the others
+                if last:
+                    told.append(lane.over)
                 if taken or last:
                     moved = True
                     self._window -= taken
@@ -279,7 +274,7 @@ class Outgoing:
                     self._write(self._framed(lane, b"", content, taken, last))
             if not moved:
                 break
-        return gone
+        return told
 
     def _control(self, data: bytes) -> None:
         if self._backlog:
@@ -345,7 +340,6 @@ def _copied(parts: Sequence[Bytes], begin: int) -> memoryview:
     return memoryview(b"".join(kept))
 
 
-def _tell(gone: Sequence[Lane]) -> None:
-    for lane in gone:
-        if lane.sent is not None:
-            lane.sent()
+def _tell(told: Iterable[Callable[[], None]]) -> None:
+    for tell in told:
+        tell()

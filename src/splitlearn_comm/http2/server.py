@@ -229,10 +229,17 @@ class Server(grpc.Server):
         self._polled_by = get_ident()
         found = self._selector.select(None if wait and not self._soon else 0)
         for key, events in found:
-            key.data(events)
+            self._do(lambda: key.data(events))  # noqa: B023
         while self._soon:
-            self._soon.popleft()()
+            self._do(self._soon.popleft())
         return None if self._over else bool(found)
+
+    def _do(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except Exception:
+            # An error here would end the polling thread, and with it the server.
+            _log.exception("event=PollingFailed")
 
     def _wake_up(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -270,7 +277,11 @@ class Server(grpc.Server):
         if events & _WRITE and not connection.outgoing.flush():
             self._select(connection, _READ)
         if events & _READ:
-            connection.read(self._scratch)
+            try:
+                connection.read(self._scratch)
+            except Exception:
+                _log.exception("peer=%s: its connection is closed", connection.peer)
+                connection.close()
 
     def _select(self, connection: Connection, events: int) -> None:
         if connection in self._connections:

@@ -201,7 +201,7 @@ def shared() -> Iterator[Lab]:
 
 class TestByGrpcsClient:
     def test_one_message_each_way(self, lab: Lab) -> None:
-        for size in (0, 1, 1000, 30_000, 70_000, LIMIT):
+        for size in (0, 1, 1000, 30_000, 70_000, LIMIT // 2 - 1):
             data = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
             assert lab.unary("Twice", data) == data * 2
             assert lab.unary("Taken", data) == data + b"|" + data
@@ -263,6 +263,13 @@ class TestByGrpcsClient:
             status, details = lab.refusal(name, b"x" * (LIMIT + 1))
             assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert str(LIMIT) in details
+        assert lab.unary("Twice", b"x") == b"xx"
+
+    def test_an_answer_that_is_too_large_is_not_sent(self, lab: Lab) -> None:
+        for name in ("Twice", "Taken"):
+            status, details = lab.refusal(name, b"x" * (LIMIT // 2 + 1))
+            assert status is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert f"the most that is sent is {LIMIT}" in details
         assert lab.unary("Twice", b"x") == b"xx"
 
     @pytest.mark.parametrize("how", [grpc.Compression.Gzip, grpc.Compression.Deflate])
@@ -408,6 +415,21 @@ class TestByHttp2:
             slow.wait_for_end(first)
             assert slow.data[first] == message(b"x" * 4_000_000)
             assert slow.data[second] == message(b"zz")
+
+    def test_a_call_counts_until_its_answer_has_gone_out(self, lab: Lab) -> None:
+        """Else one who never reads could have the server hold any number of answers."""
+        with Caller(lab.port) as caller:
+            caller.reads = False
+            number = caller.begin(TWICE)
+            caller.send(number, message(b"x" * 200_000))
+            while len(caller.data[number]) < 65_535:
+                caller.read()
+            assert lab.server._calls == 1
+            caller.h2.acknowledge_received_data(65_535, number)
+            caller.reads = True
+            caller.flush()
+            assert caller.wait_for_end(number)["grpc-status"] == "0"
+            eventually(lambda: lab.server._calls == 0, "it is over")
 
     def test_a_call_given_up_frees_what_waited_for_it(self, shared: Lab) -> None:
         with Caller(shared.port) as caller:
