@@ -110,7 +110,7 @@ def held_on(device: str, before: Iterable[InstanceView], after: Iterable[Instanc
     settled = True
     for key in views[0].keys() | views[1].keys():
         seen = [by_key[key] for by_key in views if key in by_key]
-        if len(seen) == 2 and all(v.state is State.READY for v in seen):
+        if len(seen) == 2 and all(_is_in_memory(v) for v in seen):
             measured = seen[1].measured_mb or 0.0
             least += measured
             in_use = any(v.leases for v in seen)
@@ -153,6 +153,11 @@ def next_use(use: OthersUse, reading: Reading, held: Held, now_s: float) -> Othe
     if now_s - since_s >= HOLD_S:
         return OthersUse(highest, use.total_mb, held.settled, stalled)
     return replace(use, stalled=stalled, dip_since_s=since_s, dip_mb=highest)
+
+
+def _is_in_memory(view: InstanceView) -> bool:
+    """All of it, and it stays: it serves, or is tried beside the version that does, maybe for days."""
+    return view.state is State.READY or bool(view.trial)
 
 
 def _between(mb: float) -> float:

@@ -22,8 +22,8 @@ class InstanceView:
     Attributes:
         reserved_mb: while it is READY, what it holds and what a forward of its largest batch takes, or
             less of the latter as long as there is no room for it.
-        measured_mb: its weights: what it holds while no request runs. None before it is READY.
-        measured: all that its load measured, and what was estimated before; None before it is READY.
+        measured_mb: its weights: what it holds while no request runs. None before it is READY, or tried.
+        measured: all that its load measured, and what was estimated before; None until then, too.
         held: it takes no new requests for the time being, because others wait for its room.
         trial: how far it has come, while it is LOADING and tried beside the version that serves; else empty.
         followed: another version is loaded in its place as soon as its memory is back.

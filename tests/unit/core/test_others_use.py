@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from splitlearn_manager.core.lifecycle import ModelSpec, State
@@ -130,6 +132,24 @@ def test_what_came_or_went_while_the_device_was_read_may_have_been_there_or_not(
     assert held(ready, after=()) == Held(0, 125, settled=False)
     assert held(after=(ready,)) == Held(0, 125, settled=False)
     assert held(instance(State.LOADING, 80), after=(ready,)) == Held(0, 125, settled=False)
+
+
+def test_what_is_tried_is_in_memory_like_what_serves() -> None:
+    tried = instance(State.LOADING, measured_mb=100, trial="canary: step 1 of 2")
+    assert held(tried) == Held(100, 100)
+    assert held(replace(tried, leases=1, reserved_mb=130)) == Held(100, 130)
+    still_read = instance(State.LOADING)
+    assert held(still_read, after=(tried,)) == Held(0, 125, settled=False)
+
+
+def test_what_others_take_and_leave_during_a_trial_is_not_thought_theirs_for_as_long() -> None:
+    tried = held(instance(State.LOADING, measured_mb=100, trial="shadow: asked a copy"))
+    use, now = first_use(read(100), tried), 0.0
+    for used in (5100, 100):
+        for _ in range(3):
+            use = next_use(use, read(used), tried, now)
+            now += HOLD_S / 2
+    assert use.mb == 0
 
 
 def test_a_model_in_use_may_hold_all_that_is_reserved_for_it() -> None:
