@@ -64,6 +64,7 @@ class Instances:
         self._current: dict[str, ManagedModel] = {}
         self._successors: dict[str, Successor] = {}
         self._outcomes: dict[str, LoadOutcome] = {}
+        self._paused: frozenset[str] = frozenset()
         self._ledger = ledger
         self._serial = itertools.count(1)
         self.table: RoutingTable[ManagedModel] = build_table(())
@@ -187,6 +188,7 @@ class Instances:
                 return False
             self._take(instance, running, spec, measured)
             instance.trial = Trial(spec.config, self._clock.now(), old.traffic)
+            instance.trial.paused = instance.model_id in self._paused
             instance.open_for_leases()
             self._publish()
         self._on_change()
@@ -207,9 +209,13 @@ class Instances:
         self._on_change()
 
     def pause_trials(self, model_ids: Collection[str]) -> bool:
-        """Has the trials of these models go no further, and all others go on; whether any was otherwise."""
+        """Has the trials of these models go no further, those that begin later too, and all others go on.
+
+        Says whether any was otherwise.
+        """
         changed = False
         with self._lock:
+            self._paused = frozenset(model_ids)
             for instance in self._instances.values():
                 trial = instance.trial
                 if trial is not None and trial.paused != (instance.model_id in model_ids):

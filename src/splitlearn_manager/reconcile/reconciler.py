@@ -357,6 +357,9 @@ class Reconciler:
                 self._look_asked = False
         for model_id in self._orders.take_retries():
             self._memory.retry(model_id)
+        # A step that ends with this tick must not get past a suspension that was answered before it. Those
+        # that were resumed go on once the directory has said whether their version is still wanted.
+        self._manager.pause_rollouts(self._suspended | self._orders.suspended)
         tick_s = self._manager.tick()
         # Before what runs: whoever does not wait any more shows there as a lease, or as an answer.
         self._demands = self._memory.waiters.at(began_s)

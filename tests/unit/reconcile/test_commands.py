@@ -15,7 +15,7 @@ from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
 from splitlearn_manager.reconcile.store import Store
 from support.fakes import Bench
-from support.loop_lab import ROOT, SETTLE_S, LoopLab
+from support.loop_lab import ROOT, SETTLE_S, STEP_S, LoopLab
 from support.waiting import eventually
 
 BROKEN = {"config": {"kwargs": {"broken": True}}}
@@ -46,6 +46,70 @@ def test_a_suspended_model_ignores_its_files_until_it_is_resumed() -> None:
     lab.loop.resume("a")
     lab.settle()
     assert lab.served()["a"] != before["a"]
+
+
+def lab_that_tries(for_s: float, *, is_loaded: bool = True) -> LoopLab:
+    """Its model `a` gets a new version with a rollout of one step: tried, or on its way to that."""
+    lab = lab_with("a")
+    lab.write("a", trusted=True, rollout=rollout(for_s))
+    lab.loop.turn()
+    lab.pass_time(STEP_S)
+    lab.loop.turn()
+    assert len(lab.executor.waiting) == 1
+    if is_loaded:
+        lab.executor.run_one()
+        assert lab.manager.table.trials
+    return lab
+
+
+def rollout(for_s: float) -> dict[str, object]:
+    return {"canary": [{"percent": 50, "for_s": for_s}], "min_requests": 0}
+
+
+def test_a_rollout_does_not_take_over_once_its_model_is_suspended() -> None:
+    lab = lab_that_tries(for_s=10.0)
+    before = lab.served()
+    lab.pass_time(20.0)
+    lab.loop.suspend("a")
+    for _ in range(3):
+        lab.loop.turn()
+        lab.pass_time(STEP_S)
+    assert lab.served() == before
+    lab.loop.resume("a")
+    lab.settle()
+    assert lab.served() != before
+
+
+def test_a_rollout_that_begins_while_its_model_is_suspended_goes_no_further() -> None:
+    lab = lab_that_tries(for_s=0.0, is_loaded=False)
+    before = lab.served()
+    lab.loop.suspend("a")
+    lab.loop.turn()
+    lab.executor.run_one()
+    for _ in range(3):
+        lab.loop.turn()
+        lab.pass_time(STEP_S)
+    assert lab.served() == before
+    lab.loop.resume("a")
+    lab.settle()
+    assert lab.served() != before
+
+
+def test_a_version_that_nobody_wants_any_more_does_not_take_over_when_its_model_is_resumed() -> (
+    None
+):
+    lab = lab_that_tries(for_s=10.0)
+    before = lab.served()
+    lab.loop.suspend("a")
+    lab.loop.turn()
+    lab.write("a", trusted=True, rollout=rollout(10.0), config={"kwargs": {"v": 2}})
+    for _ in range(3):
+        lab.pass_time(20.0)
+        lab.loop.turn()
+    lab.loop.resume("a")
+    lab.loop.turn()
+    assert lab.served() == before
+    assert not lab.manager.table.trials
 
 
 def test_a_suspended_model_is_not_unloaded_when_its_file_goes_but_when_it_is_resumed() -> None:
