@@ -36,6 +36,9 @@ EPSILON = 1e-6
 UNDECIDED_SETTLES = 20
 """For so many settle times what was accepted before a restart, and is not declared, is not loaded."""
 
+_TURNED_OUT = ("InsufficientMemory", "OverMemoryLimit")
+"""Why a load fails that has measured more than there is for it."""
+
 OVERDUE_S = 5.0
 """How late a load may be given up: the loop is late at times."""
 
@@ -54,7 +57,7 @@ class Checks:
 
     Attributes:
         peak_mb, surprises: most MB reserved on each device, and loads that measured something else than
-            was reserved for them, since `watch_memory`.
+            was reserved for them, those that failed for it included, since `watch_memory`.
         good: the spec of each declared model that served last, until it cannot be loaded itself.
         evicted: when a model was evicted, on the node's clock, unless it was loaded since.
         causes, shared_causes: what I12 allows actions for, by model and for all.
@@ -217,6 +220,8 @@ class Checks:
             self._loaded(node, instance, was_tried=was_tried)
         elif event.kind is EventKind.LOAD_FAILED:
             self.causes[model_id] += 1
+            if event.reason in _TURNED_OUT:
+                self.surprises += 1
             if of_directory:
                 good = self.good.get(model_id)
                 if good is not None and good.version == instance.spec.version:
