@@ -67,7 +67,7 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
         if victims:
             newcomer = _newcomer(load, wanted, observed)
             stay = _Staying(
-                kept, {v.model_id for v in views.values() if _loads(v)}, going, observed, load
+                kept, {v.model_id for v in views.values() if _occupies(v)}, going, observed, load
             )
             if any(key in made.held for key in victims):
                 _check_patience(load, observed)
@@ -187,15 +187,15 @@ def _victims_for(load: Action, made: Plan) -> list[str]:
 
 @dataclass(frozen=True)
 class _Staying:
-    """Who does not go for a load: ids that are suspended or being updated, keys that go already, and who
-    has its time, or is about to answer.
+    """Who does not go for a load: ids that are suspended, or have an operation under way, keys that go
+    already, and who has its time, or is about to answer.
 
     Attributes:
         use_counts: who is in use stays.
     """
 
     suspended: Collection[str]
-    updating: Collection[str]
+    occupied: Collection[str]
     going: Collection[str]
     observed: Observed
     newcomer: Action
@@ -210,8 +210,8 @@ class _Staying:
             return "in use"
         if view.owner is not Owner.DIRECTORY:
             return "Python's"
-        if view.model_id in self.updating:
-            return "being updated"
+        if view.model_id in self.occupied:
+            return "being updated, or its former version drains"
         if view.model_id in self.observed.demands and not view.held:
             return "about to answer requests that waited for it"
         if self._has_its_time(view):
@@ -228,8 +228,8 @@ class _Staying:
         return self.observed.now_s < view.ready_since_s + stays_s
 
 
-def _loads(view: InstanceView) -> bool:
-    return view.state is State.LOADING
+def _occupies(view: InstanceView) -> bool:
+    return view.state in (State.LOADING, State.UNLOADING)
 
 
 def _check_group(

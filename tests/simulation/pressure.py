@@ -111,11 +111,11 @@ def _may_go(view: InstanceView, wanted: Mapping[str, Wanted], observed: Observed
     if known is not None and (known.spec.config.pinned or known.suspended):
         return False
     answers = view.model_id in observed.demands and not view.held
-    loads = any(
-        v.model_id == view.model_id and v.state is State.LOADING
+    occupied = any(
+        v.model_id == view.model_id and v.state in (State.LOADING, State.UNLOADING)
         for v in observed.snapshot.instances
     )
-    return view.reserved_mb > 0 and not answers and not loads
+    return view.reserved_mb > 0 and not answers and not occupied
 
 
 def _check_order(

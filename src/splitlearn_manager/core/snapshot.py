@@ -53,6 +53,13 @@ class InstanceView:
     trial: str = ""
 
 
+_OPERATIONS = {
+    State.LOADING: "being updated",
+    State.UNLOADING: "its former version still drains",
+}
+"""Why what serves a model cannot be unloaded: another operation on the model has not ended."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadOutcome:
     """How the latest load of a model ended. `serial` grows with every outcome of the node."""
@@ -88,7 +95,7 @@ def residents(
     Args:
         awaited: ids of models that requests wait for: one that is READY now answers those before it goes.
     """
-    updating = {v.model_id for v in views if v.state is State.LOADING}
+    under_way = {v.model_id: v.state for v in views if v.state in _OPERATIONS}
 
     def kept(view: InstanceView) -> str:
         """Why it would stay if nobody used it."""
@@ -96,8 +103,8 @@ def residents(
             return view.state.lower()
         if view.spec.config.pinned:
             return "pinned"
-        if view.model_id in updating:
-            return "being updated"
+        if (state := under_way.get(view.model_id)) is not None:
+            return _OPERATIONS[state]
         if newcomer is Owner.DIRECTORY and view.owner is Owner.API:
             return "loaded through the Python API"
         if view.model_id in awaited and not view.held:

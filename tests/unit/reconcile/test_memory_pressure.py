@@ -123,6 +123,26 @@ def test_used_pinned_suspended_and_python_models_stay() -> None:
     assert [a.model_id for a in lab.turn().executed] == ["used"]
 
 
+def test_others_go_in_the_place_of_one_whose_former_version_still_drains() -> None:
+    lab = PressureLab()
+    lab.load("low", 300)
+    lab.load("high", 300, priority=1)
+    lease = lab.manager.lease("low")
+    lab.declare("low", 300, trusted=True)
+    lab.turn()
+    lab.executor.run_all()
+    lab.others_mb = 1400
+    for _ in range(3):
+        lab.turn()
+        lab.executor.run_all()
+    assert lab.served() == {"low"}
+    lease.release()
+    lab.executor.run_all()
+    lab.others_mb = 2000
+    lab.settle()
+    assert lab.served() == set()
+
+
 def test_least_priority_goes_first() -> None:
     lab = PressureLab()
     lab.load("high", 300, priority=1)
