@@ -52,7 +52,7 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
     going |= {
         a.key
         for a in made.actions
-        if a.key and (a.verb in (Verb.UNLOAD, Verb.UPDATE) or a.reason == "Idle")
+        if a.key and (a.verb in (Verb.UNLOAD, Verb.UPDATE, Verb.CANCEL) or a.reason == "Idle")
     }
     promised = {
         f"{a.model_id} (update)": (a.device, a.mb) for a in made.actions if a.verb is Verb.UPDATE

@@ -220,6 +220,7 @@ class _Planner:
     def _tried(self, wanted: Wanted, tried: InstanceView) -> Action | None:
         """A new version is tried beside the one that serves."""
         if tried.spec.version != wanted.spec.version or wanted.spec.config.rollout is None:
+            self._room.mark_freeing((tried.key,))
             return self._cancel(tried, "another version is wanted by now")
         if tried.spec.spec_hash != wanted.spec.spec_hash:
             return self._adjustment(wanted, tried, tried.reserved_mb)

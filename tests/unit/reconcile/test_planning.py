@@ -430,6 +430,23 @@ def test_the_room_of_an_unload_is_waited_for_and_nobody_is_evicted_for_it() -> N
     assert node.made.actions[1].after == ("a",)
 
 
+def test_the_room_of_a_rollout_that_is_cancelled_is_waited_for_and_nobody_is_evicted_for_it() -> (
+    None
+):
+    node = Node(max_models=3)
+    node.serve("a")
+    node.serve("b")
+    rollout = {"canary": [{"percent": 5, "for_s": 60}]}
+    node.want("a", trusted=True, rollout=rollout)
+    node.begin("a")
+    node.bench.executor.run_all()
+    node.want("c")
+    assert node.actions == [(Verb.EVICT, "b"), (Verb.LOAD, "c")]
+    node.want("a")
+    assert node.actions == [(Verb.CANCEL, "a"), (Verb.LOAD, "c")]
+    assert node.made.actions[1].after == ("a",)
+
+
 def test_the_forecast_counts_a_surges_two_copies_at_its_peak() -> None:
     node = Node()
     node.serve("a", mb=10.0)
