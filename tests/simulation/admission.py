@@ -104,13 +104,12 @@ def check_updates(wanted: Mapping[str, Wanted], observed: Observed, made: Plan) 
 
 
 def _taken(observed: Observed, made: Plan) -> dict[str, tuple[str, float]]:
-    """What is reserved by whom, larger batches that are let in before anything is loaded included; smaller
-    ones count from the next plan on."""
+    """What is reserved by whom, once larger or smaller batches are let in, before anything is loaded."""
     held = observed.snapshot.ledger.reservations
     taken = {key: (r.device, r.mb) for key, r in held.items()}
     for action in made.actions:
         if action.verb is Verb.ADJUST and action.key:
-            taken[action.key] = (action.device, max(action.mb, taken[action.key][1]))
+            taken[action.key] = (action.device, action.mb)
     return taken
 
 

@@ -5,7 +5,7 @@ actions in the order in which they are executed, and for every model that gets n
 It does nothing, reads no clock and no file, and does not depend on the order of its inputs. The
 reconciler carries a plan out; the command line prints it.
 
-How it decides, model by model, those of higher priority first:
+How it decides, model by model, those that are to reserve less first, then those of higher priority:
 - loaded through the Python API: left alone;
 - an operation is under way on it: waits;
 - served and suspended: left alone;
@@ -84,10 +84,11 @@ class _Planner:
         adjusts: list[Action] = []
         starts: list[Action] = []
         ordered = sorted(
-            self._desired.items(), key=lambda pair: (-pair[1].spec.config.priority, pair[0])
+            self._desired.values(),
+            key=lambda w: (not self._gives_back(w), -w.spec.config.priority, w.spec.model_id),
         )
         to_load: list[Wanted] = []
-        for _, wanted in ordered:
+        for wanted in ordered:
             action = self._for_present(wanted, to_load)
             if action is not None and action.verb is Verb.ADJUST:
                 adjusts.append(action)
@@ -249,6 +250,15 @@ class _Planner:
         self._room.keep(serving.key, "suspended")
         message = f"stays as it is until `resume {serving.model_id}`"
         return self._wait(serving.model_id, "Suspended", message)
+
+    def _gives_back(self, wanted: Wanted) -> bool:
+        """Whether what serves is to reserve less: as adjustments come first, others have that room."""
+        return any(
+            v.state is State.READY
+            and v.spec.version == wanted.spec.version
+            and _mb_with(wanted.spec, v) < v.reserved_mb
+            for v in self._by_id.get(wanted.spec.model_id, ())
+        )
 
     def _adjust(self, wanted: Wanted, serving: InstanceView) -> Action | None:
         model_id = wanted.spec.model_id

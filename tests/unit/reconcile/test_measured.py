@@ -9,7 +9,7 @@ import pytest
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.core.measurement import Measurement
-from splitlearn_manager.reconcile.actions import Verb
+from splitlearn_manager.reconcile.actions import Mode, Verb
 from splitlearn_manager.reconcile.described import Sizes, sizes_of
 from splitlearn_manager.reconcile.observation import from_json, to_json
 from splitlearn_manager.runtime.base import Activations
@@ -209,6 +209,26 @@ def test_larger_batches_than_there_is_room_for_wait_for_it() -> None:
     lab.settle()
     assert lab.has("a") == 195.0
     assert lab.reserved == [10.0, 10.0]
+
+
+def test_the_room_that_smaller_batches_leave_is_there_for_an_update_beside_what_serves() -> None:
+    lab = Lab()
+    lab.budget_mb = 290.0
+    lab.start()
+    lab.write("a")
+    lab.write("b", batch_size=64)
+    lab.settle()
+    assert (lab.has("a"), lab.has("b")) == (127.0, 159.0)
+    lab.weights_mb, lab.activations = 10.0, None  # of the new version of a
+    lab.write("a", trusted=True)
+    lab.write("b", batch_size=32)
+    lab.loop.turn()
+    lab.pass_time(0.3)
+    turn = lab.loop.turn()
+    assert [(a.verb, a.model_id, a.mode) for a in turn.executed] == [
+        (Verb.ADJUST, "b", None),
+        (Verb.UPDATE, "a", Mode.SURGE),
+    ]
 
 
 # What takes more than was estimated, where there is hardly room for it.
