@@ -178,9 +178,10 @@ class Episode:
         assert node.last is not None
         for waiting in node.last.plan.waiting:
             model = node.last.desired.models.get(waiting.model_id)
-            if waiting.until_s is None or model is None or model.weights_problem is not None:
+            if waiting.until_s is None or model is None:
                 continue
-            passes = model.config.config.kwargs.get("fail") is None
+            lasts = model.config.config.kwargs.get("fail") is not None
+            passes = not lasts and model.weights_problem is None
             if passes or waiting.reason == "RateLimited":
                 return True
         return False
