@@ -239,7 +239,7 @@ class Server(grpc.Server):
             work()
         except Exception:
             # An error here would end the polling thread, and with it the server.
-            _log.exception("event=PollingFailed")
+            _log.exception("what a connection needed could not be done")
 
     def _wake_up(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
