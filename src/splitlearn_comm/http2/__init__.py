@@ -2,7 +2,8 @@
 
 server       listens, looks at all connections from one thread, and finds each call's handler
 polling      that thread, which also runs short work between two looks
-connection   what arrives on one connection: frames, calls, flow control
+connection   what arrives on one connection: frames, and the calls that they begin and carry
+stream       one call: its messages, its answer, its end
 outgoing     what leaves on it, from any thread
 calls        calls that are taken over as their message arrives
 handlers     calls that a pool's thread answers, as gRPC for Python does

@@ -7,33 +7,28 @@
 Only the polling thread comes here, but for the methods of `StreamOfCall`. What the other end does wrong ends
 its connection (`ConnectionFault`) or its call, never anything else.
 
-A caller may send `WINDOW` bytes of each call unasked; more only for a message whose size is known and
-allowed, and only while the call reads. Of the whole connection it may send as much as it likes: what is held
-is bounded for each call, and calls by the server.
+Of the whole connection a caller may send as much as it likes: what is held is bounded for each call (see
+`stream`), and calls by the server.
 """
 
 from __future__ import annotations
 
 import logging
 import socket
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc
 
-from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.http2 import frames, headers
 from splitlearn_comm.http2.frames import ConnectionFault
-from splitlearn_comm.http2.headers import CallHead, HeaderReader, Metadata
-from splitlearn_comm.http2.messages import Assembly, MessageFault
-from splitlearn_comm.http2.outgoing import Lane, Outgoing
+from splitlearn_comm.http2.headers import CallHead, HeaderReader
+from splitlearn_comm.http2.messages import MessageFault
+from splitlearn_comm.http2.outgoing import Outgoing
+from splitlearn_comm.http2.stream import WINDOW, StreamOfCall
 
 _log = logging.getLogger(__name__)
 
-WINDOW = 1 << 20
-"""Bytes of a call that may arrive before anything of it was looked at."""
 _FRAME_BYTES = 1 << 20
 """The largest frame that is taken; only those of messages may be so large."""
 _MOST_OTHER_BYTES = 64 * 1024
@@ -41,7 +36,6 @@ _MOST_OTHER_BYTES = 64 * 1024
 _GIVE_BACK_AT = 1 << 30
 _STRAIGHT_BYTES = 64 * 1024
 """If a message lacks so much, it is read to where it belongs, without a copy."""
-NEVER_S = float("inf")
 
 _HELLO = frames.settings(
     {
@@ -50,26 +44,6 @@ _HELLO = frames.settings(
         frames.MAX_HEADERS: headers.MAX_HEADERS_BYTES,
     }
 ) + frames.window_update(0, frames.LARGEST_WINDOW - frames.FIRST_WINDOW)
-
-
-class Handler(Protocol):
-    """What a call is handled by, on the polling thread. None of these waits."""
-
-    def message(self, message: Bytes) -> bool:
-        """A message has arrived; whether more are wanted now."""
-        ...
-
-    def no_more(self) -> None:
-        """The caller sends nothing more."""
-        ...
-
-    def over(self) -> None:
-        """The call has ended, answered or not; called once, on any thread."""
-        ...
-
-    def sent(self) -> None:
-        """A message has gone out; on any thread."""
-        ...
 
 
 class Host(Protocol):
@@ -98,148 +72,6 @@ class Host(Protocol):
         ...
 
 
-class StreamOfCall:
-    """One call, until its answer has gone out. Its methods may be called from any thread.
-
-    Attributes:
-        head: what its headers say.
-        until_s: the caller's deadline, on the clock of `time.monotonic`.
-        active: whether somebody waits for the answer.
-        trailing: metadata that ends the answer.
-        handler: what the call is handled by.
-        is_ending: the last frame of its messages has begun; with `is_whole` all of them have arrived.
-    """
-
-    __slots__ = (
-        "active",
-        "assembly",
-        "connection",
-        "granted",
-        "handler",
-        "head",
-        "held",
-        "is_ending",
-        "is_whole",
-        "lane",
-        "paused",
-        "trailing",
-        "until_s",
-    )
-
-    def __init__(self, connection: Connection, number: int, head: CallHead, window: int) -> None:
-        self.connection = connection
-        self.head = head
-        self.lane = Lane(number, window, self._sent, self.end)
-        self.until_s = NEVER_S if head.timeout_s is None else time.monotonic() + head.timeout_s
-        self.active = True
-        self.trailing: Metadata = ()
-        self.handler: Handler | None = None
-        self.assembly = Assembly(connection.host.max_message_length, head.encoding)
-        self.granted = WINDOW
-        self.held: deque[Bytes] = deque()
-        self.paused = False
-        self.is_ending = False
-        self.is_whole = False
-
-    def remaining_s(self) -> float:
-        """Seconds until the caller's deadline; infinite without one."""
-        return max(0.0, self.until_s - time.monotonic())
-
-    def peer(self) -> str:
-        """Who calls, see `splitlearn_comm.http2.calls.Call`."""
-        return self.connection.peer
-
-    def answer(self, *parts: Bytes) -> None:
-        """Send the one message of the answer, and end the call."""
-        if self._fits(parts):
-            self.active = False
-            tail = headers.trailers(grpc.StatusCode.OK, "", self.trailing)
-            self.connection.outgoing.send(self.lane, parts, tail)
-
-    def write(self, *parts: Bytes) -> None:
-        """Send a message of the answer."""
-        if self._fits(parts):
-            self.connection.outgoing.send(self.lane, parts)
-
-    def finish(self, status: grpc.StatusCode, details: str) -> None:
-        """End the call with a status, after what was written."""
-        self.active = False
-        tail = headers.trailers(status, details, self.trailing)
-        self.connection.outgoing.send(self.lane, None, tail, stop=not self.is_ending)
-
-    def read_on(self) -> None:
-        """Go on handing messages over."""
-        self.connection.host.soon(self.resume)
-
-    def end(self) -> None:
-        """All of the call is over; a second call does nothing."""
-        self.active = False
-        if self.connection.streams.pop(self.lane.number, None) is None:
-            return
-        if self.handler is not None:
-            self.handler.over()
-        self.connection.host.ended(self)
-
-    def _fits(self, parts: Sequence[Bytes]) -> bool:
-        """Whether a message may be sent; the caller is told if not."""
-        size, limit = sum(map(len, parts)), self.connection.host.max_message_length
-        if size > limit:
-            text = f"the answer is a message of {size} bytes; the most that is sent is {limit}"
-            self.finish(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-        return size <= limit
-
-    def _sent(self) -> None:
-        if self.handler is not None:
-            self.handler.sent()
-
-    # On the polling thread.
-
-    def take(self, message: Bytes) -> None:
-        """A message is complete."""
-        if self.paused:
-            self.held.append(message)
-            return
-        assert self.handler is not None
-        try:
-            self.paused = not self.handler.message(message)
-        except Exception:
-            # An error here would end the polling thread, and with it the server.
-            _log.exception("a message could not be taken")
-            self.finish(grpc.StatusCode.INTERNAL, "the server could not read the request")
-
-    def resume(self) -> None:
-        """Hand over what has arrived meanwhile, and ask for more."""
-        self.paused = False
-        while self.held and not self.paused and self.active:
-            self.take(self.held.popleft())
-        if self.is_whole and not self.held and not self.paused:
-            self.sender_done()
-        else:
-            self.grant()
-
-    def grant(self) -> None:
-        """Let the caller send on, if it should."""
-        if self.paused or self.is_whole or not self.active:
-            return
-        wanted = max(self.assembly.missing, WINDOW)
-        if self.granted < wanted // 2 or self.granted < self.assembly.missing:
-            more = wanted - self.granted
-            self.granted += more
-            self.connection.outgoing.control(frames.window_update(self.lane.number, more))
-
-    def sender_done(self) -> None:
-        """The caller sends nothing more."""
-        self.is_whole = True
-        if self.held or self.paused or not self.active:
-            return
-        assert self.handler is not None
-        try:
-            self.handler.no_more()
-        except Exception:
-            _log.exception("a call could not go on")
-            self.finish(grpc.StatusCode.INTERNAL, "the server could not go on")
-
-
 class Connection:
     """See the module's text.
 
@@ -249,7 +81,9 @@ class Connection:
     """
 
     def __init__(self, host: Host, connection: socket.socket, peer: str) -> None:
-        self.host = host
+        self._host = host
+        self.max_message_length = host.max_message_length
+        self.soon, self.ended = host.soon, host.ended
         self.socket = connection
         self.peer = peer
         self.streams: dict[int, StreamOfCall] = {}
@@ -313,7 +147,7 @@ class Connection:
             return
         self._closed = True
         self.outgoing.close()
-        self.host.closed(self)
+        self._host.closed(self)
         self.socket.close()
         for stream in list(self.streams.values()):
             self._gone(stream)
@@ -509,7 +343,7 @@ class Connection:
             return
         stream.is_ending = bool(flags & frames.END_STREAM)
         self.streams[number] = stream
-        self.host.begin(stream)
+        self._host.begin(stream)
         if flags & frames.END_STREAM:
             self._sender_done(stream)
 

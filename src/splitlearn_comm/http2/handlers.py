@@ -17,8 +17,8 @@ import grpc
 
 from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.http2.calls import Stream, version_metadata
-from splitlearn_comm.http2.connection import NEVER_S, StreamOfCall
 from splitlearn_comm.http2.headers import Metadata
+from splitlearn_comm.http2.stream import NEVER_S, StreamOfCall
 
 _log = logging.getLogger(__name__)
 

@@ -25,10 +25,11 @@ from typing import Any, NamedTuple
 
 import grpc
 
-from splitlearn_comm.http2.connection import Connection, Handler, StreamOfCall
+from splitlearn_comm.http2.connection import Connection
 from splitlearn_comm.http2.handlers import InPool, TakenOver, TakenOverStream
 from splitlearn_comm.http2.headers import Metadata
 from splitlearn_comm.http2.polling import NoWork, Polling, Work
+from splitlearn_comm.http2.stream import Handler, StreamOfCall
 
 _log = logging.getLogger(__name__)
 

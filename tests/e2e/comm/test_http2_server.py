@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from splitlearn_comm.http2 import connection as reading
 from splitlearn_comm.http2 import frames
 from splitlearn_comm.http2.server import Server
+from splitlearn_comm.http2.stream import WINDOW
 from splitlearn_comm.server.pool import BoundedPool
 from support.h2_caller import PATIENCE_S, Caller, message
 from support.waiting import eventually
@@ -475,7 +475,7 @@ class TestByHttp2:
                 caller.read()
             left = caller.h2.local_flow_control_window(number)
             # So much may be on its way to the server, and no more.
-            assert left <= reading.WINDOW
+            assert left <= WINDOW
             before = caller.h2.outbound_flow_control_window
             assert before > 2**30
 
