@@ -112,7 +112,7 @@ class Connection:
     def read(self, scratch: memoryview) -> None:
         """Take what has arrived; `scratch` is room for it."""
         try:
-            straight = self._straight()
+            straight = self._straight() if self._lacks >= _STRAIGHT_BYTES else None
             if straight is not None:
                 size = self.socket.recv_into(straight[1])
                 if size:
@@ -268,7 +268,7 @@ class Connection:
     def _straight(self) -> tuple[StreamOfCall, memoryview] | None:
         """Where the data of the present frame may be read to, without a copy."""
         stream = self._stream
-        if stream is None or not stream.active or self._lacks < _STRAIGHT_BYTES:
+        if stream is None or not stream.active:
             return None
         room = stream.assembly.room()
         if room is None or len(room) < _STRAIGHT_BYTES:

@@ -229,18 +229,16 @@ class Server(grpc.Server):
             return None
         self._polled_by = get_ident()
         found = self._selector.select(None if wait and not self._soon else 0)
-        for key, events in found:
-            self._do(lambda: key.data(events))  # noqa: B023
-        while self._soon:
-            self._do(self._soon.popleft())
-        return None if self._over else bool(found)
-
-    def _do(self, work: Callable[[], None]) -> None:
         try:
-            work()
+            for key, events in found:
+                key.data(events)
+            while self._soon:
+                self._soon.popleft()()
         except Exception:
-            # An error here would end the polling thread, and with it the server.
+            # An error here would end the polling thread, and with it the server. Whoever was not looked at
+            # is looked at next time.
             _log.exception("what a connection needed could not be done")
+        return None if self._over else bool(found)
 
     def _wake_up(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):

@@ -288,6 +288,8 @@ class Batcher:
         queue.running += 1
         self._began[me] = now, queue.where
         self._least_s[queue.where] = max(self._least_s.get(queue.where, 0.0), queue.had_s)
+        if not queue.waiting and len(self._active) == 1:
+            return batch
         if self._next(now) is not None:
             self._wake_one()
         else:
