@@ -72,6 +72,9 @@ class Polling:
     def __init__(self, look: Callable[[bool], bool | None], work: Work) -> None:
         self._look = look
         self._work = work
+        # What says who polls. It changes only while the one that polled runs a piece of work: two threads
+        # never look at the same time.
+        self._turn = threading.Lock()
         self._poller: object = None
         self._since_s: float | None = None
         self._runs = 0
@@ -81,13 +84,12 @@ class Polling:
 
     def start(self) -> None:
         """Begin to poll."""
-        _thread("grpc-polling", self._poll)
+        self._poller = me = object()
+        _thread("grpc-polling", lambda: self._poll(me))
         if not isinstance(self._work, NoWork):
             _thread("grpc-takeover", self._watch)
 
-    def _poll(self) -> None:
-        me = self._poller = object()
-        self._since_s = None
+    def _poll(self, me: object) -> None:
         self._work.polled_here()
         looks = 0
         while self._poller is me:
@@ -109,7 +111,8 @@ class Polling:
                 looks = 1
 
     def _run(self, me: object) -> None:
-        self._since_s = time.monotonic()
+        with self._turn:
+            self._since_s = time.monotonic()
         self._runs += 1
         if self._sleeps:
             self._sleeps = False
@@ -119,16 +122,25 @@ class Polling:
         except BaseException:
             # An error here would end the polling thread, and with it the server.
             _log.exception("what waited could not be run")
-        if self._poller is me:
-            self._since_s = None
+        with self._turn:
+            if self._poller is me:
+                self._since_s = None
+
+    def _taken_over(self) -> object:
+        """Takes the polling from who runs a piece of work for too long; None if nobody does."""
+        with self._turn:
+            if self._since_s is None or time.monotonic() - self._since_s <= TAKEOVER_S:
+                return None
+            self._poller, self._since_s = object(), None
+            return self._poller
 
     def _watch(self) -> None:
         """Take over when a piece of work takes long. Sleeps while nothing is run."""
         while not self._over:
-            runs, since_s = self._runs, self._since_s
-            if since_s is not None and time.monotonic() - since_s > TAKEOVER_S:
+            runs = self._runs
+            if (me := self._taken_over()) is not None:
                 _thread("grpc-takeover", self._watch)
-                self._poll()
+                self._poll(me)
                 return
             self._wake.wait(TAKEOVER_S)
             self._wake.clear()
