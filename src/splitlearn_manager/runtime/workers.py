@@ -240,6 +240,7 @@ class _ForkServer:
             )
         self.ended = False
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._workers: dict[int, Worker] = {}
         self._forked: Callable[[int], None] | None = None
         self._answered = threading.Event()
@@ -259,14 +260,15 @@ class _ForkServer:
         with self._lock:
             self._answered.clear()
             self._forked = forked
-            self._channel.send({"op": "fork", "import": list(imports)}, descriptors)
+            with self._sending:
+                self._channel.send({"op": "fork", "import": list(imports)}, descriptors)
             self._answered.wait()
         if not found:
             raise Closed
         return found[0]
 
     def _kill(self, pid: int) -> None:
-        with suppress(Closed):  # then it has ended with its server
+        with suppress(Closed), self._sending:  # closed: then it has ended with its server
             self._channel.send({"op": "kill", "pid": pid})
 
     def _hear(self) -> None:

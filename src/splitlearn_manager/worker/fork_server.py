@@ -47,6 +47,8 @@ def main(descriptor: int) -> None:
             for key, _ in selector.select():
                 if key.fileobj is channel:
                     _obey(channel, children, (descriptor, woken, wakes, selector))
+                    while channel.has_message:
+                        _obey(channel, children, (descriptor, woken, wakes, selector))
                 else:
                     os.read(woken, 4096)
             _reap(channel, children)
