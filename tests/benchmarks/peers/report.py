@@ -41,19 +41,20 @@ requests that are encoded beforehand. Each server's answers were compared with t
 Figures are medians, with the least and the most in parentheses; where a server could not be measured,
 its row says why, in its own words."""
 _BOUND = """\
-What bounds ours: with one client the forward, and a request's way through gRPC and Python with caches that
-the forward has emptied. With many, one thread reads, runs the batch and answers, because handing requests to
+What bounds ours: with one client the forward, and a request's way through Python with caches that the
+forward has emptied. With many, one thread reads, runs the batch and answers, because handing requests to
 others costs more: with forwards on a thread of their own 0.65 (convnet) to 1 (decoder) times as many requests
-a second were measured, with answers sent by another thread 0.7 (mlp) to 1.05 (decoder) times.
+a second were measured, with answers sent by another thread 0.7 (mlp) to 1.05 (decoder) times (both before
+the node spoke HTTP/2 by itself).
 Where its processor time goes at 32 clients, by `perf`, in percent:
 
 | | mlp | minilm | decoder | convnet |
 |---|---|---|---|---|
-| the forward, in PyTorch | 58 | 82 | 52 | 31 |
-| Python: ours, gRPC's, and the model's own | 17 | 10 | 24 | 29 |
-| gRPC and protobuf in C | 9 | 2 | 7 | 15 |
-| the system: sending, waking, polling | 10 | 4 | 13 | 14 |
-| copying and allocating (libc) | 5 | 1 | 4 | 11 |
+| the forward, in PyTorch | 69 | 87 | 70 | 41 |
+| Python: ours, and the model's own | 20 | 10 | 21 | 35 |
+| protobuf | 1 | 0 | 1 | 2 |
+| the system: sending, waking, polling | 7 | 1 | 5 | 11 |
+| copying and allocating (libc) | 3 | 1 | 2 | 11 |
 
 A server whose transport is not Python (mosec's is Rust, Triton's C++) has less beside the forward, and does
 it on the second processor meanwhile."""
