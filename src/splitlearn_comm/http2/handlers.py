@@ -347,11 +347,10 @@ class Context(grpc.ServicerContext):
         return {}
 
     def send_initial_metadata(self, initial_metadata: Any) -> None:
-        """Nothing of ours sends any: answers begin with the usual headers."""
-        raise NotImplementedError("answers begin with the usual headers; use trailing metadata")
+        self._stream.begin_answer(_as_metadata(initial_metadata))
 
     def set_trailing_metadata(self, trailing_metadata: Any) -> None:
-        self._stream.trailing = tuple((str(key), value) for key, value in trailing_metadata)
+        self._stream.trailing = _as_metadata(trailing_metadata)
 
     def abort(self, code: grpc.StatusCode, details: str) -> NoReturn:
         self._code, self._details = code, details
@@ -367,6 +366,10 @@ class Context(grpc.ServicerContext):
 
     def set_details(self, details: str) -> None:
         self._details = details
+
+
+def _as_metadata(pairs: Iterable[tuple[str, str | bytes]]) -> Metadata:
+    return tuple((str(key), value) for key, value in pairs)
 
 
 def _no_message(stream: StreamOfCall) -> None:

@@ -210,7 +210,12 @@ class Server(grpc.Server):
                 break
         else:
             return None
-        function: Any = found.stream_stream or found.unary_unary
+        function: Any = next(
+            filter(
+                None,
+                (found.unary_unary, found.stream_stream, found.unary_stream, found.stream_unary),
+            )
+        )
         pool = getattr(function, "experimental_thread_pool", None)
         if hasattr(function, "full"):
             return str(function.full)
@@ -218,9 +223,7 @@ class Server(grpc.Server):
             return TakenOver(stream, function.begin, pool, found.response_serializer)
         if hasattr(function, "open"):
             return TakenOverStream(stream, function.open)
-        function = function or found.unary_stream or found.stream_unary
-        pool = getattr(function, "experimental_thread_pool", None) or self._pool
-        return InPool(stream, found, pool)
+        return InPool(stream, found, pool or self._pool)
 
     # On the polling thread.
 

@@ -129,6 +129,12 @@ class StreamOfCall:
             tail = headers.trailers(grpc.StatusCode.OK, "", self.trailing)
             self.connection.outgoing.send(self.lane, parts, tail)
 
+    def begin_answer(self, metadata: Metadata) -> None:
+        """Send the headers that begin the answer, with these added; nothing if it has begun."""
+        if not self.lane.began:
+            head = headers.answer_head(metadata)
+            self.connection.outgoing.send(self.lane, None, head=head)
+
     def write(self, *parts: Bytes) -> None:
         """Send a message of the answer."""
         if self._fits(parts):

@@ -114,6 +114,7 @@ class Lab:
                 yield data[::-1]
 
         def told(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.send_initial_metadata((("first", "1"),))
             context.set_trailing_metadata((("k", "v"), ("k-bin", b"\x00\xff")))
             left_s = context.time_remaining()
             found = dict(context.invocation_metadata())
@@ -166,6 +167,7 @@ class Lab:
                 "Number": one(lambda n, _: n + 1, lambda d: int(d), lambda n: str(n).encode()),
                 "Taken": one(self.taken),
                 "Full": one(Full()),
+                "FullToo": grpc.stream_unary_rpc_method_handler(Full()),
                 "Echo": grpc.stream_stream_rpc_method_handler(self.echo),
             },
         )
@@ -238,6 +240,7 @@ class TestByGrpcsClient:
         left, key, binary, peer = eval(answer)
         assert (left, key, binary) == (True, "value", b"\x00\x01")
         assert peer.startswith("ipv4:127.0.0.1:")
+        assert ("first", "1") in call.initial_metadata()
         assert set(call.trailing_metadata()) == {("k", "v"), ("k-bin", b"\x00\xff")}
 
     def test_what_takes_a_call_over_may_name_a_version(self, lab: Lab) -> None:
@@ -249,6 +252,8 @@ class TestByGrpcsClient:
         assert lab.refusal("Refuses") == (code.FAILED_PRECONDITION, "50 % of «it»\nis missing")
         assert lab.refusal("Sets") == (code.NOT_FOUND, "nowhere")
         assert lab.refusal("Full") == (code.RESOURCE_EXHAUSTED, "there is no room")
+        # Of whatever kind its handler is, without a thread.
+        assert lab.refusal("FullToo") == (code.RESOURCE_EXHAUSTED, "there is no room")
         assert lab.refusal("Full", b"x" * LIMIT)[0] is code.RESOURCE_EXHAUSTED
         assert lab.refusal("Nothing")[0] is code.UNIMPLEMENTED
         assert lab.refusal("Taken", b"fail")[0] is code.INTERNAL
