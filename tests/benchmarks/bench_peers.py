@@ -53,6 +53,7 @@ MODELS = os.environ.get("MODELS", ",".join(models.NAMES)).split(",")
 ALL_SYSTEMS = (
     "ours",
     "ours, streams",
+    "ours, freeze",
     "mosec",
     "LitServe",
     "MLServer",
@@ -126,7 +127,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def our_node(name: str, directory: Path) -> Iterator[Serving]:
+def our_node(name: str, directory: Path, optimize: str = "none") -> Iterator[Serving]:
     directory.mkdir()
     (directory / "models.py").write_text((HERE / "models.py").read_text())
     sizes = [list(tensor.shape) for tensor in models.inputs(name)]
@@ -136,7 +137,13 @@ def our_node(name: str, directory: Path) -> Iterator[Serving]:
         "input_shape": shape,
         **({"input_dtype": "int64"} if name in models.TAKES_IDS else {}),
     }
-    file = {"model_id": name, "model_path": f"models:{name}", "device": "cpu", "config": options}
+    file = {
+        "model_id": name,
+        "model_path": f"models:{name}",
+        "device": "cpu",
+        "optimize": optimize,
+        "config": options,
+    }
     (directory / f"{name}.yaml").write_text(json.dumps(file))
     with Node(directory, {"max_models": 4}, environment=ONE_THREAD) as node:
         node.wait_phase(name, "Ready")
@@ -355,9 +362,13 @@ def test_peers(tmp_path: Path) -> None:
     for name in MODELS:
         with ExitStack() as stack:
             up: dict[str, Serving] = {}
-            if any(system.startswith("ours") for system in SYSTEMS):
+            plain = {"ours", "ours, streams"} & set(SYSTEMS)
+            if plain:
                 ours = stack.enter_context(our_node(name, tmp_path / name))
-                up |= {system: ours for system in SYSTEMS if system.startswith("ours")}
+                up |= {system: ours for system in SYSTEMS if system in plain}
+            if (system := "ours, freeze") in SYSTEMS:
+                node = our_node(name, tmp_path / f"{name}-freeze", "freeze")
+                up[system] = stack.enter_context(node)
             up |= start_peers(stack, name, tmp_path / f"peers-{name}", results)
             for system, serving in up.items():
                 results.begin(system, serving, name)

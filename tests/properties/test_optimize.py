@@ -52,7 +52,7 @@ def prepared(
             config = model_config("m.pt", batch_size=6, config={"input_shape": list(shape)})
             sizes = (1, *(12 if size == -1 else size for size in shape[1:]))
             candidate = {
-                "freeze": lambda: Frozen(function),
+                "freeze": lambda: Frozen(function, TOLERANCE),
                 "bfloat16": lambda: Lowered(function),
                 "compile": lambda: Compiled(function, compiled),
             }[form]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from splitlearn_comm.core import ModelComputeFunction
+from splitlearn_manager.runtime.optimize import frozen
 from splitlearn_manager.runtime.optimize.choosing import Optimized, optimize
+from splitlearn_manager.runtime.optimize.frozen import Frozen
 from support.models import model_config
 
 needs_compiler = pytest.mark.skipif(
@@ -102,3 +104,22 @@ def optimized(
     if shape[0] == -1:
         sizes[0] = 1
     return function, optimize(function, config, answered or tuple(sizes), 1.0, cache_dir=cache_dir)
+
+
+def operators(form: Frozen) -> list[str]:
+    """The names of what the program for batches calls."""
+    graph = form._programs[0].folded.graph
+    return [
+        getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"
+    ]
+
+
+def take(monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    """Have one of the forms of a frozen program, `folded` or `packed`, be the faster one."""
+
+    def least_times(
+        forms: Mapping[str, object], inputs: Sequence[torch.Tensor], _clock: object
+    ) -> dict[str, tuple[float, ...]]:
+        return {name: (1.0 if name == form else 2.0,) * len(inputs) for name in forms}
+
+    monkeypatch.setattr(frozen, "least_times", least_times)

@@ -193,7 +193,7 @@ def estimate_mb(source: ModelSource, config: ModelConfig, fs: FileSystem | None 
     try:
         stated = stated_size(source.path, config.weights_dtype, fs)
         if stated is not None:
-            return _with_trial_copy(stated, source.path, config, fs)
+            return _with_copies(stated, source.path, config, fs)
         if limit is not None:
             return Estimate(float(limit), "max_memory_mb")
         return guessed_size(stat.size for _, stat in _files_below(str(source.path), fs))
@@ -201,13 +201,27 @@ def estimate_mb(source: ModelSource, config: ModelConfig, fs: FileSystem | None 
         _raise_not_found(error, source, str(source.path))
 
 
-def _with_trial_copy(stated: Estimate, path: Path, config: ModelConfig, fs: FileSystem) -> Estimate:
-    """With the copy in bfloat16 that `optimize: auto` tries beside the weights, where it is another."""
-    lower = stated_size(path, "bfloat16", fs) if config.optimize == "auto" else None
+def _with_copies(stated: Estimate, path: Path, config: ModelConfig, fs: FileSystem) -> Estimate:
+    """With the copies that `optimize` may make: packed of what is float32, and in bfloat16 to try that.
+
+    Weights are packed on a processor; a device that is still open may be one.
+    """
+    if config.optimize not in ("freeze", "auto"):
+        return stated
+    lower = stated_size(path, "bfloat16", fs)
     if lower is None or stated.weights_mb is None or lower.weights_mb in (None, stated.weights_mb):
         return stated
+    lower_mb = lower.weights_mb or 0.0
+    copies = {}
+    if config.device in ("auto", "cpu"):
+        copies["packed"] = 2 * (stated.weights_mb - lower_mb)
+    if config.optimize == "auto":
+        copies["in bfloat16"] = lower_mb
+    if not copies:
+        return stated
     return Estimate(
-        stated.weights_mb + (lower.weights_mb or 0.0), f"{stated.how}, and a copy in bfloat16"
+        stated.weights_mb + sum(copies.values()),
+        f"{stated.how}, and a copy {' and one '.join(copies)}",
     )
 
 

@@ -118,13 +118,19 @@ def test_nothing_there_is_an_error(tmp_path: Path) -> None:
 
 
 def test_optimize_is_known_to_the_estimate(tmp_path: Path) -> None:
-    """In bfloat16 the floats halve and integers stay; `auto` tries a copy in it beside them."""
+    """In bfloat16 the floats halve and integers stay; `freeze` packs floats, `auto` tries both."""
     save_file(tensors(a=MB), tmp_path / "m.safetensors")
     keys: dict[str, object] = {}
     assert estimate(tmp_path, "m.safetensors", **keys).weights_mb == 5.0
     assert estimate(tmp_path, "m.safetensors", optimize="compile", **keys).weights_mb == 5.0
     halved = estimate(tmp_path, "m.safetensors", optimize="bfloat16", **keys)
     assert halved == Estimate(3.0, "safetensors header, converted to bfloat16")
+    packed = estimate(tmp_path, "m.safetensors", optimize="freeze", **keys)
+    assert packed == Estimate(9.0, "safetensors header, and a copy packed")
+    tried = estimate(tmp_path, "m.safetensors", optimize="auto", **keys)
+    assert tried == Estimate(12.0, "safetensors header, and a copy packed and one in bfloat16")
+    keys = {"device": "cuda:0"}
+    assert estimate(tmp_path, "m.safetensors", optimize="freeze", **keys).weights_mb == 5.0
     tried = estimate(tmp_path, "m.safetensors", optimize="auto", **keys)
     assert tried == Estimate(8.0, "safetensors header, and a copy in bfloat16")
     keys = {"config": {"dtype": "bfloat16"}}

@@ -11,7 +11,7 @@ from splitlearn_manager.core.loaders.adapters import CallOptions
 from splitlearn_manager.core.loaders.text_adapter import CausalTextAdapter, TextAdapter
 from splitlearn_manager.errors import CannotOptimize
 from splitlearn_manager.runtime.optimize.frozen import Frozen
-from support.optimizable import SHAPES, built, convolution, mlp, optimized
+from support.optimizable import SHAPES, built, convolution, mlp, operators, optimized, take
 
 
 def frozen(module: nn.Module, shape: tuple[int, ...]) -> tuple[ModelComputeFunction, Frozen]:
@@ -20,11 +20,10 @@ def frozen(module: nn.Module, shape: tuple[int, ...]) -> tuple[ModelComputeFunct
     return function, function._stand_in
 
 
-def operators(form: Frozen) -> list[str]:
-    graph = form._programs[0].folded.graph  # type: ignore[attr-defined]
-    return [
-        getattr(n.target, "__name__", str(n.target)) for n in graph.nodes if n.op == "call_function"
-    ]
+@pytest.fixture(autouse=True)
+def nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it pays is for the clock to say, and none of these tests."""
+    take(monkeypatch, "folded")
 
 
 def test_batch_norms_go_into_the_convolutions_before_them() -> None:

@@ -43,8 +43,15 @@ def keywords_of(function: ModelComputeFunction) -> Mapping[str, object]:
 def extra_mb(tensors: Iterable[torch.Tensor], plain: nn.Module) -> float:
     """MB of the memory in which `tensors` lie and nothing of `plain` does."""
     known = {t.untyped_storage().data_ptr() for t in tensors_of(plain)}
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(size for place, size in storages.items() if place not in known) / _MB
+    sizes: dict[object, int] = {}
+    for tensor in tensors:
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+        else:
+            # In oneDNN's order: torch does not say where that lies, and it takes what it would without.
+            sizes["packed", id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(size for place, size in sizes.items() if place not in known) / _MB
 
 
 def tensors_of(module: nn.Module) -> tuple[torch.Tensor, ...]:

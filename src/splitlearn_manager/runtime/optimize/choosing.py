@@ -30,21 +30,15 @@ from splitlearn_manager.runtime.optimize.compiled import Compiled
 from splitlearn_manager.runtime.optimize.examples import Examples, examples
 from splitlearn_manager.runtime.optimize.frozen import Frozen
 from splitlearn_manager.runtime.optimize.lower import Lowered
+from splitlearn_manager.runtime.optimize.timing import WORTH_IT, Clock, least_times, ratio
 
 PLAIN = "plain"
-WORTH_IT = 0.95
-"""A form that takes more than so much of the plain model's time is not worth having."""
-
-_ROUNDS = (3, 20)
-_SECONDS_A_BATCH = 0.1
-
-Clock = Callable[[], float]
-Make = Callable[[ModelComputeFunction, Path | None], Candidate]
+Make = Callable[[ModelComputeFunction, ModelConfig, Path | None], Candidate]
 
 CANDIDATES: Mapping[str, Make] = {
-    "freeze": lambda function, _: Frozen(function),
-    "bfloat16": lambda function, _: Lowered(function),
-    "compile": Compiled,
+    "freeze": lambda function, config, _: Frozen(function, config.optimize_tolerance),
+    "bfloat16": lambda function, config, _: Lowered(function),
+    "compile": lambda function, config, cache_dir: Compiled(function, cache_dir),
 }
 
 
@@ -163,7 +157,7 @@ def _asked_for(
 ) -> Optimized:
     name, tolerance = config.optimize, config.optimize_tolerance
     begun = clock()
-    candidate = CANDIDATES[name](function, cache_dir)
+    candidate = CANDIDATES[name](function, config, cache_dir)
     candidate.prepare(function, found)
     took = clock() - begun
     apart = _compared(function, candidate, found, [_answer(function, x) for x in found.inputs])
@@ -194,7 +188,7 @@ def _best(
     tried = _Tried()
     plain = [_answer(function, x) for x in found.inputs]
     for name, make in CANDIDATES.items():
-        candidate = make(function, cache_dir)
+        candidate = make(function, config, cache_dir)
         try:
             candidate.prepare(function, found)
             apart = _compared(function, candidate, found, plain)
@@ -230,7 +224,7 @@ def fastest(trials: Mapping[str, Trial], tolerance: float) -> str:
     """
     plain = trials[PLAIN].ms
     ratios = {
-        name: math.prod(a / b for a, b in zip(trial.ms, plain, strict=True)) ** (1 / len(plain))
+        name: ratio(trial.ms, plain)
         for name, trial in trials.items()
         if name != PLAIN and trial.ms and not trial.problem and trial.apart <= tolerance
     }
@@ -244,24 +238,19 @@ def timed(
     inputs: Sequence[torch.Tensor],
     clock: Clock,
 ) -> dict[str, tuple[float, ...]]:
-    """Milliseconds of a forward of each form, for each input: the least of some rounds.
+    """Milliseconds of a forward of each form, for each input, see `least_times`."""
 
-    The forms take turns, so that what else the machine does in a moment concerns them alike.
-    """
-    least = {name: [math.inf] * len(inputs) for name in forms}
-    fewest, most = _ROUNDS
-    for i, x in enumerate(inputs):
-        begun = clock()
-        for done in range(most):
-            if done >= fewest and clock() - begun > _SECONDS_A_BATCH * len(forms):
-                break
-            for name, form in forms.items():
-                function.stand_in(form)
-                start = clock()
-                _answer(function, x)
-                least[name][i] = min(least[name][i], (clock() - start) * 1e3)
-    function.stand_in(None)
-    return {name: tuple(times) for name, times in least.items()}
+    def forward_of(form: Candidate | None) -> Callable[[torch.Tensor], object]:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            function.stand_in(form)
+            return _answer(function, x)
+
+        return forward
+
+    try:
+        return least_times({name: forward_of(form) for name, form in forms.items()}, inputs, clock)
+    finally:
+        function.stand_in(None)
 
 
 def _compared(

@@ -1,6 +1,7 @@
 """Folds what depends on weights alone: from an exported program to a module with fewer operators.
 
 - A batch norm after a convolution, of which nobody else sees the output, goes into its weights.
+- Operators that change nothing go, see `simplifying`.
 - An operator whose arguments are all weights or constants is computed, if the outcome takes no more memory
   than they do; what is only a view of a weight is left as it is, so that the weight itself need not stay
   twice where it is moved.
@@ -18,6 +19,9 @@ from typing import Any, cast
 import torch
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from splitlearn_manager.runtime.optimize.packing import Packed, pack
+from splitlearn_manager.runtime.optimize.simplifying import simplify
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (
@@ -55,10 +59,14 @@ _QUICKER: Mapping[str, Callable[..., Any]] = {
 """Functions that take the same arguments as the operator, by position and by keyword."""
 
 
-def fold(program: fx.GraphModule) -> fx.GraphModule:
+def fold(program: fx.GraphModule, packed: Packed | None = None) -> fx.GraphModule | None:
     """The folded program; it shares the weights of `program`, which stays as it is.
 
     Its attribute `weights` has all tensors that it reads.
+
+    Args:
+        packed: where weights are kept in oneDNN's order, for a program that has oneDNN called on them; None
+            comes back if there is nothing to call it on.
     """
     graph = fx.Graph()
     returned = graph.graph_copy(program.graph, {})
@@ -71,9 +79,12 @@ def fold(program: fx.GraphModule) -> fx.GraphModule:
             # Of a constant that the forward has written down; there is nothing to detach it from.
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+    simplify(graph)
     _fold_batch_norms(folded)
     _fold_constants(folded)
     graph.eliminate_dead_code()
+    if packed is not None and not pack(folded, packed):
+        return None
     _call_quickly(folded)
     graph.lint()
     folded.recompile()
@@ -83,8 +94,10 @@ def fold(program: fx.GraphModule) -> fx.GraphModule:
 def share(folded: fx.GraphModule, held: Sequence[torch.Tensor]) -> None:
     """Have a folded program read the tensors of another one where they are equal to its own."""
     weights = list(folded.__dict__["weights"])
+    # What is packed is shared already, and cannot be compared.
+    others = [other for other in held if other.layout is torch.strided]
     for i, own in enumerate(weights):
-        for other in held:
+        for other in others if own.layout is torch.strided else ():
             alike = other.shape == own.shape and other.dtype == own.dtype
             if other is own or (alike and torch.equal(other, own)):
                 weights[i] = folded.__dict__[f"w{i}"] = other
@@ -218,7 +231,9 @@ def _stored(module: fx.GraphModule, value: torch.Tensor) -> fx.Node:
     """A node that reads `value`, which becomes a buffer of the module."""
     name = f"_folded_{sum(1 for key in module._buffers if key.startswith('_folded_'))}"
     module.register_buffer(name, value.detach().clone())
-    return module.graph.get_attr(name)
+    node = module.graph.get_attr(name)
+    node.meta["val"] = value
+    return node
 
 
 def _call_quickly(module: fx.GraphModule) -> None:

@@ -2,6 +2,7 @@
 
     export    the module's forward becomes a list of operators; sizes that may vary stay symbols
     fold      a batch norm goes into the convolution before it, and what weights alone determine is computed
+    pack      weights come into oneDNN's order, where that is measured to be faster; see `packing`
     run       the list as one Python function, without the modules around it
 
 No C++ compiler is needed. A trace that takes the sizes of its example for all sizes would answer wrongly;
@@ -9,26 +10,30 @@ an exported program has a check of each size that it relies on. A shape that is 
 whole program with its checks; where one fails (or the input is not contiguous) the plain module answers.
 A batch of 1, which operators treat apart (broadcasting), has a program of its own, with the same weights.
 
-It takes memory for what is folded, at most the weights of those convolutions; other weights are the plain
-module's own.
+It takes memory for what is folded and packed, at most the weights of those layers; other weights are the
+plain module's own.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from splitlearn_comm.core import ModelComputeFunction
 from splitlearn_comm.core.out_of_memory import is_out_of_memory
 from splitlearn_manager.errors import CannotOptimize
+from splitlearn_manager.runtime.optimize.agreement import difference
 from splitlearn_manager.runtime.optimize.candidate import extra_mb, in_one_line, keywords_of
 from splitlearn_manager.runtime.optimize.compiler import COMPILER
 from splitlearn_manager.runtime.optimize.examples import Examples
 from splitlearn_manager.runtime.optimize.folding import fold, share
+from splitlearn_manager.runtime.optimize.packing import Packed, can_pack
+from splitlearn_manager.runtime.optimize.timing import WORTH_IT, least_times, ratio
 
 _MOST_SHAPES = 4096
 """Shapes that are remembered; requests of more than so many different ones are checked anew."""
@@ -37,7 +42,8 @@ _MOST_SHAPES = 4096
 class Frozen:
     """See the module's text; a `Candidate`."""
 
-    def __init__(self, function: ModelComputeFunction) -> None:
+    def __init__(self, function: ModelComputeFunction, tolerance: float) -> None:
+        self._tolerance = tolerance
         self._plain = _Call(function.model, keywords_of(function))
         self._programs: tuple[_Program, ...] = ()
         self._lock = threading.Lock()
@@ -64,6 +70,7 @@ class Frozen:
             function.compute(x)
         function.stand_in(None)
         programs: list[_Program] = []
+        packed = Packed()
         try:
             # Inference tensors cannot be exported; nor is there anything to differentiate.
             with COMPILER.turn(None), torch.inference_mode(False), torch.no_grad():
@@ -71,6 +78,11 @@ class Frozen:
                     if not any(program.takes(x.shape) for program in programs):
                         held = [weight for program in programs for weight in program.weights]
                         programs.append(_Program(self._plain, x.clone(), examples.free, held))
+                        if can_pack():
+                            programs[-1].pack(packed)
+            for program in programs:
+                taken = [x for x in converted if program.takes(x.shape)]
+                program.choose(taken, self._plain, self._tolerance)
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -115,7 +127,6 @@ class _Program:
 
     Attributes:
         folded: takes only what `takes` and `passes` have let through.
-        weights: all tensors that it reads.
     """
 
     def __init__(
@@ -135,9 +146,47 @@ class _Program:
                 "this version of torch exports programs without checks of their sizes"
             )
         folded = fold(self._checked)
+        assert folded is not None
         share(folded, held)
-        self.folded: Callable[[torch.Tensor], torch.Tensor] = folded
-        self.weights: tuple[torch.Tensor, ...] = folded.__dict__["weights"]
+        self.folded = folded
+        self._packed: fx.GraphModule | None = None
+
+    @property
+    def weights(self) -> tuple[torch.Tensor, ...]:
+        """All tensors that the folded program reads."""
+        weights: tuple[torch.Tensor, ...] = self.folded.__dict__["weights"]
+        return weights
+
+    def pack(self, packed: Packed) -> None:
+        """Have a second form at hand, which calls oneDNN."""
+        self._packed = fold(self._checked, packed)
+        if self._packed is not None:
+            share(self._packed, self.weights)
+
+    def choose(
+        self,
+        inputs: Sequence[torch.Tensor],
+        plain: Callable[[torch.Tensor], torch.Tensor],
+        tolerance: float,
+    ) -> None:
+        """Keep the packed form if its answers agree with the plain module's and it is the faster one."""
+        packed, self._packed = self._packed, None
+        if packed is None:
+            return
+        with torch.inference_mode():
+            try:
+                apart = max(difference(packed(x), plain(x)) for x in inputs)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                return
+            if not apart <= tolerance:
+                return
+            by_size = sorted(inputs, key=torch.Tensor.numel)
+            ends = (by_size[0], by_size[-1])
+            times = least_times({"folded": self.folded, "packed": packed}, ends, perf_counter)
+        if ratio(times["packed"], times["folded"]) <= WORTH_IT:
+            self.folded = packed
 
     def takes(self, shape: Sequence[int]) -> bool:
         """Whether the sizes that were fixed are those; those that may vary are from 2 on."""
