@@ -23,7 +23,7 @@ from support.models import model_config
 from support.optimizable import SHAPES, built, needs_compiler
 
 TOLERANCE = 1e-4
-IN_BFLOAT16 = 0.1
+IN_BFLOAT16 = 0.05
 Form = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -93,14 +93,18 @@ def check(
     form: str,
     data: st.DataObject,
     tolerance: float = TOLERANCE,
+    *,
+    of_largest: bool = False,
 ) -> None:
+    """With `of_largest` each value may be apart by so much of the largest of the answer."""
     function, candidate = prepared(kind, form)
     x = drawn(kind, data)
     plain = outcome(function, None, x)
     found = outcome(function, candidate, x)
     if isinstance(plain, torch.Tensor):
         assert isinstance(found, torch.Tensor)
-        assert difference(found, plain) <= tolerance
+        scale = float(plain.abs().max().clamp(min=1)) if of_largest and plain.numel() else 1.0
+        assert difference(found / scale, plain / scale) <= tolerance
     else:
         assert not isinstance(found, torch.Tensor)
 
@@ -138,8 +142,11 @@ def test_models_in_bfloat16_answer_nearly_as_the_plain_ones(
     kind: str,
     data: st.DataObject,
 ) -> None:
-    """Seen to fail with an answer that stays bfloat16, and with ids that become bfloat16."""
-    check(prepared, kind, "bfloat16", data, IN_BFLOAT16)
+    """Seen to fail with an answer that stays bfloat16, and with ids that become bfloat16.
+
+    What is rounded is what a value is the sum of: a small value may be the sum of large ones.
+    """
+    check(prepared, kind, "bfloat16", data, IN_BFLOAT16, of_largest=True)
 
 
 numbers = st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf, 0.0])

@@ -10,7 +10,9 @@ from splitlearn_comm.core import ModelComputeFunction
 from splitlearn_manager.core.loaders.adapters import CallOptions
 from splitlearn_manager.core.loaders.text_adapter import CausalTextAdapter, TextAdapter
 from splitlearn_manager.errors import CannotOptimize
+from splitlearn_manager.runtime.optimize.examples import examples
 from splitlearn_manager.runtime.optimize.frozen import Frozen
+from support.models import model_config
 from support.optimizable import SHAPES, built, convolution, mlp, operators, optimized, take
 
 
@@ -189,3 +191,36 @@ def test_text_models_answer_alike_with_padding_on_either_side(causal: bool) -> N
         answer = function.compute(x)
         function.stand_in(None)
         assert torch.allclose(answer, function.compute(x), atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_values_that_the_model_refuses_do_not_change_what_answers_others_of_their_shape() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(20, 8), nn.LayerNorm(8)).eval()
+    function = ModelComputeFunction(module, input_shape=(-1, -1), input_dtype=torch.int64)
+    config = model_config("m.pt", batch_size=8, config={"input_shape": [-1, -1]})
+    form = Frozen(function, 1e-3)
+    form.prepare(function, examples(function, config, (1, 8), 1.0))
+    wrong, right = torch.full((2, 5), 99), torch.full((2, 5), 3)
+    with pytest.raises(IndexError):
+        form(wrong)
+    assert torch.allclose(form(right), module(right), atol=1e-6)
+    assert form._by_shape[2, 5] is form._programs[0].folded
+
+
+def test_a_new_shape_costs_one_forward() -> None:
+    module = mlp()
+    _function, form = frozen(module, SHAPES["mlp"])
+    calls: list[tuple[int, ...]] = []
+    linear = nn.functional.linear
+
+    def counted(x: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return linear(x, *rest)
+
+    for program in form._programs:
+        for node in program.folded.graph.nodes:
+            if node.target is linear:
+                node.target = counted
+        program.folded.recompile()
+    form(torch.rand(5, 8))
+    assert calls == [(5, 8), (5, 16)]

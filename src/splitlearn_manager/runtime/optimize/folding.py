@@ -22,6 +22,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from splitlearn_manager.runtime.optimize.packing import Packed, pack
 from splitlearn_manager.runtime.optimize.simplifying import simplify
+from splitlearn_manager.runtime.optimize.size_checks import GUARDS
 
 _aten = torch.ops.aten
 _CONVOLUTIONS = (
@@ -73,7 +74,7 @@ def fold(program: fx.GraphModule, packed: Packed | None = None) -> fx.GraphModul
     graph.output(_only(returned))
     folded = fx.GraphModule(program, graph, "Frozen")
     for node in list(graph.nodes):
-        if node.op == "call_module" and node.target == "_guards_fn":
+        if node.op == "call_module" and node.target == GUARDS:
             graph.erase_node(node)
         elif str(node.target) == "aten.detach_.default":
             # Of a constant that the forward has written down; there is nothing to detach it from.

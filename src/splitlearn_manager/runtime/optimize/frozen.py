@@ -6,8 +6,8 @@
     run       the list as one Python function, without the modules around it
 
 No C++ compiler is needed. A trace that takes the sizes of its example for all sizes would answer wrongly;
-an exported program has a check of each size that it relies on. A shape that is new is first run through the
-whole program with its checks; where one fails (or the input is not contiguous) the plain module answers.
+an exported program has a check of each size that it relies on. The checks are run for each shape that is
+new; where one fails, or the program raises (or the input is not contiguous), the plain module answers.
 A batch of 1, which operators treat apart (broadcasting), has a program of its own, with the same weights.
 
 It takes memory for what is folded and packed, at most the weights of those layers; other weights are the
@@ -33,6 +33,7 @@ from splitlearn_manager.runtime.optimize.compiler import COMPILER
 from splitlearn_manager.runtime.optimize.examples import Examples
 from splitlearn_manager.runtime.optimize.folding import fold, share
 from splitlearn_manager.runtime.optimize.packing import Packed, can_pack
+from splitlearn_manager.runtime.optimize.size_checks import only_checks
 from splitlearn_manager.runtime.optimize.timing import WORTH_IT, least_times, ratio
 
 _MOST_SHAPES = 4096
@@ -52,8 +53,7 @@ class Frozen:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if not x.is_contiguous():
-            plain: torch.Tensor = self._plain(x)
-            return plain
+            return self._of_plain(x)
         known = self._by_shape.get(tuple(x.shape))
         return known(x) if known is not None else self._first_of_its_shape(x)
 
@@ -95,16 +95,29 @@ class Frozen:
         self.extra_mb = extra_mb(weights, function.model)
 
     def _first_of_its_shape(self, x: torch.Tensor) -> torch.Tensor:
-        chosen: Callable[[torch.Tensor], torch.Tensor] = self._plain
         for program in self._programs:
             if program.takes(x.shape) and program.passes(x):
-                chosen = program.folded
-                break
+                try:
+                    answer: torch.Tensor = program.folded(x)
+                except Exception as error:
+                    if is_out_of_memory(error):
+                        raise
+                    # Of these values, perhaps: the plain module says so in its own words.
+                    return self._of_plain(x)
+                self._remember(x, program.folded)
+                return answer
+        self._remember(x, self._plain)
+        return self._of_plain(x)
+
+    def _of_plain(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self._plain(x)
+        return answer
+
+    def _remember(self, x: torch.Tensor, chosen: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with self._lock:
             if len(self._by_shape) >= _MOST_SHAPES:
                 self._by_shape.clear()
             self._by_shape[tuple(x.shape)] = chosen
-        return chosen(x)
 
 
 class _Call(nn.Module):
@@ -140,12 +153,9 @@ class _Program:
         self._shape = tuple(example.shape)
         sizes = dict.fromkeys(self._free, torch.export.Dim.AUTO)
         exported = torch.export.export(module, (example,), dynamic_shapes=(sizes,), strict=False)
-        self._checked = exported.module()
-        if not hasattr(self._checked, "_guards_fn"):
-            raise RuntimeError(
-                "this version of torch exports programs without checks of their sizes"
-            )
-        folded = fold(self._checked)
+        self._exported: fx.GraphModule | None = exported.module()
+        self._checks = only_checks(self._exported)
+        folded = fold(self._exported)
         assert folded is not None
         share(folded, held)
         self.folded = folded
@@ -159,7 +169,8 @@ class _Program:
 
     def pack(self, packed: Packed) -> None:
         """Have a second form at hand, which calls oneDNN."""
-        self._packed = fold(self._checked, packed)
+        assert self._exported is not None
+        self._packed = fold(self._exported, packed)
         if self._packed is not None:
             share(self._packed, self.weights)
 
@@ -170,7 +181,7 @@ class _Program:
         tolerance: float,
     ) -> None:
         """Keep the packed form if its answers agree with the plain module's and it is the faster one."""
-        packed, self._packed = self._packed, None
+        packed, self._packed, self._exported = self._packed, None, None
         if packed is None:
             return
         with torch.inference_mode():
@@ -196,9 +207,9 @@ class _Program:
         )
 
     def passes(self, x: torch.Tensor) -> bool:
-        """Whether the whole program, with all its checks, runs for an input of that shape."""
+        """Whether the program says that it stands for inputs of that shape."""
         try:
-            self._checked(x)
+            self._checks(x)
         except Exception:
             return False
         return True

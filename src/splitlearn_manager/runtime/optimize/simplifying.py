@@ -23,7 +23,7 @@ def simplify(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         name = str(node.target)
         if name == "aten._assert_tensor_metadata.default":
-            # `_Program.passes` runs the checks, before the program without them is used for a shape.
+            # It holds for inputs of all shapes, or for none.
             graph.erase_node(node)
         elif name in _CHANGE_NOTHING and _CHANGE_NOTHING[name](node):
             node.replace_all_uses_with(node.args[0])
