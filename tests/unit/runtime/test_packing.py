@@ -266,6 +266,18 @@ def test_a_packed_form_that_raises_is_dropped(monkeypatch: pytest.MonkeyPatch) -
     assert torch.allclose(function.compute(x), function.model(x), atol=1e-5)
 
 
+def test_weights_that_onednn_does_not_take_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused(*_: object) -> torch.Tensor:
+        raise RuntimeError("could not create a memory object")
+
+    take(monkeypatch, "packed")
+    monkeypatch.setattr(Packed, "linear", refused)
+    function, _ = optimized(wide(), "freeze", SHAPE)
+    assert form_of(function).extra_mb == 0.0
+
+
 def test_where_torch_has_no_onednn_nothing_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     take(monkeypatch, "packed")
     monkeypatch.setattr(frozen_module, "can_pack", lambda: False)

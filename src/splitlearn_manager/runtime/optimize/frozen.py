@@ -168,9 +168,14 @@ class _Program:
         return weights
 
     def pack(self, packed: Packed) -> None:
-        """Have a second form at hand, which calls oneDNN."""
+        """Have a second form at hand, which calls oneDNN; none where oneDNN does not take the weights."""
         assert self._exported is not None
-        self._packed = fold(self._exported, packed)
+        try:
+            self._packed = fold(self._exported, packed)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            return
         if self._packed is not None:
             share(self._packed, self.weights)
 
