@@ -2,7 +2,8 @@
 
 They begin when they read a line. Requests are begun at their times, whatever has become of earlier ones.
 Gives, for each status, how many ended so while requests were sent, and for those that were answered the
-milliseconds that they took from their time on.
+milliseconds that they took from their time on. They are sockets that do no more than they must: what callers
+take of the processors, the node lacks.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from time import monotonic, sleep
 
 import grpc
 import torch
+from peers.pipelined import RESET, Pipelined
 
 from splitlearn_comm.core import TensorCodec
 from splitlearn_comm.protocol import compute_pb2
 
-DEADLINE_S = 10.0
+CONNECTIONS = 4
 RPC = "/splitlearn.comm.ComputeService/Compute"
+NAMES = {code.value[0]: code.name for code in grpc.StatusCode} | {RESET: "RESET"}
 
 
 def main() -> None:
@@ -28,41 +31,40 @@ def main() -> None:
     rate, seconds = (float(text) for text in sys.argv[2:4])
     data, shape = TensorCodec().encode(torch.randn(1, 10, 768))
     request = compute_pb2.ComputeRequest(data=data, shape=shape, model_id="mlp").SerializeToString()
-    statuses: Counter[str] = Counter()
-    took_ms: list[float] = []
-    left, over = 0, threading.Event()
-    lock = threading.Lock()
-    channels = [
-        grpc.insecure_channel(address, (("grpc.use_local_subchannel_pool", 1),)) for _ in range(4)
-    ]
-    asks = [channel.unary_unary(RPC) for channel in channels]
+    ends: list[list[tuple[int, int, float]]] = [[] for _ in range(CONNECTIONS)]
+    left = int(rate * seconds)
+    count, over, lock = left, threading.Event(), threading.Lock()
 
-    def ended(call: grpc.Future, due: float) -> None:
-        nonlocal left
-        now = monotonic()
-        status = call.code()  # type: ignore[attr-defined]
-        with lock:
-            left -= 1
-            if now <= until:
-                statuses[status.name] += 1
-                if status is grpc.StatusCode.OK:
-                    took_ms.append((now - due) * 1000)
-            if not left:
-                over.set()
+    def connection(place: int) -> Pipelined:
+        def ended(number: int, status: int) -> None:
+            nonlocal left
+            ends[place].append((number * CONNECTIONS + place, status, monotonic()))
+            with lock:
+                left -= 1
+                if not left:
+                    over.set()
 
+        return Pipelined(address, RPC, request, ended)
+
+    connections = [connection(place) for place in range(CONNECTIONS)]
     print("ready", flush=True)
     sys.stdin.readline()
-    count = left = int(rate * seconds)
     began = monotonic()
     until = began + seconds
     for number in range(count):
         due = began + number / rate
         if (wait_s := due - monotonic()) > 0:
             sleep(wait_s)
-        call = asks[number % len(asks)].future(request, timeout=DEADLINE_S)
-        call.add_done_callback(lambda call, due=due: ended(call, due))
+        connections[number % CONNECTIONS].begin(number // CONNECTIONS)
     late_s = monotonic() - until
     over.wait(60)
+    statuses: Counter[str] = Counter()
+    took_ms: list[float] = []
+    for number, status, at in (end for each in ends for end in each):
+        if at <= until:
+            statuses[NAMES[status]] += 1
+            if status == 0:
+                took_ms.append((at - began - number / rate) * 1000)
     json.dump({"late_s": late_s, "statuses": statuses, "took_ms": took_ms}, sys.stdout)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -102,3 +103,44 @@ def test_what_cannot_be_optimized_is_refused_by_name_and_served_with_auto(tmp_pa
         assert "compile not: NoCompiler" in served
         with impatient(node) as client:
             assert torch.equal(client.compute(torch.ones(2, 8), model_id="m"), 2 * torch.ones(2, 8))
+
+
+WIDE = """
+import torch
+from torch import nn
+
+
+def build():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 64, 256)).eval()
+"""
+
+
+def test_a_frozen_model_answers_batches_of_all_sizes_as_the_plain_one(tmp_path: Path) -> None:
+    """Its layers are large enough to be packed; whether they are is for the clock to say."""
+    directory = tmp_path / "desired"
+    directory.mkdir()
+    (directory / "wide.py").write_text(WIDE)
+    namespace: dict[str, Any] = {}
+    exec(WIDE, namespace)
+    plain = namespace["build"]()
+    config = {"input_shape": [-1, 3, 10, 10]}
+    for model_id, runtime in (("in-thread", "thread"), ("in-process", "process")):
+        declare(
+            directory,
+            model_id,
+            model_path="wide:build",
+            optimize="freeze",
+            runtime=runtime,
+            batch_size=16,
+            config=config,
+        )
+    with Node(directory) as node:
+        for model_id in ("in-thread", "in-process"):
+            assert "optimize: freeze in " in str(node.wait_phase(model_id, "Ready", 90))
+        inputs = [torch.randn(rows, 3, 10, 10) for rows in (1, 2, 3, 5, 8, 13, 16, 1)]
+        with impatient(node) as client:
+            for model_id in ("in-thread", "in-process"):
+                answers = client.compute_many(inputs, model_id=model_id)
+                for x, answer in zip(inputs, answers, strict=True):
+                    assert torch.allclose(answer, plain(x), atol=1e-5)

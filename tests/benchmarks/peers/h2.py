@@ -43,7 +43,7 @@ class Connection:
         self._trailers: bytes | None = None
         settings = struct.pack(">HIHI", _TABLE_SIZE, 0, _INITIAL_WINDOW, _LARGEST_WINDOW)
         window = struct.pack(">I", _LARGEST_WINDOW - _FIRST_WINDOW)
-        self._out = _PREFACE + _frame(_SETTINGS, 0, 0, settings) + _frame(_WINDOW, 0, 0, window)
+        self._out = _PREFACE + frame(_SETTINGS, 0, 0, settings) + frame(_WINDOW, 0, 0, window)
 
     def __enter__(self) -> Connection:
         return self
@@ -66,17 +66,8 @@ class Connection:
         self._stream += 2
         self._stream_window = self._initial
         self._message, self._trailers = b"", None
-        headers = b"".join(
-            (
-                b"\x83\x86",  # POST, http
-                b"\x04" + _text(path.encode()),
-                b"\x01" + _text(self._authority),
-                b"\x00" + _text(b"te") + _text(b"trailers"),
-                b"\x00" + _text(b"content-type") + _text(b"application/grpc"),
-                b"\x00" + _text(b"grpc-timeout") + _text(b"60S"),
-            )
-        )
-        self._out += _frame(_HEADERS, _END_HEADERS, self._stream, headers)
+        headers = call_headers(path, self._authority)
+        self._out += frame(_HEADERS, _END_HEADERS, self._stream, headers)
 
     def send(self, message: bytes, *, last: bool) -> None:
         """A message of the call that has begun."""
@@ -91,7 +82,7 @@ class Connection:
                 self._take_frame()
                 continue
             ends = _END_STREAM if last and size == len(data) else 0
-            parts += (_head(size, _DATA, ends, self._stream), data[:size])
+            parts += (head(size, _DATA, ends, self._stream), data[:size])
             data = data[size:]
             self._stream_window -= size
             self._connection_window -= size
@@ -115,8 +106,8 @@ class Connection:
         if self._trailers is not None and _OK not in self._trailers:
             _, _, message = self._trailers.partition(b"grpc-message")
             # Behind a byte with its length; other headers may follow.
-            text = message[1 : 1 + message[0]] if message else self._trailers
-            raise Refused(text.decode("latin-1"))
+            said = message[1 : 1 + message[0]] if message else self._trailers
+            raise Refused(said.decode("latin-1"))
 
     def _take_frame(self) -> None:
         kind, flags, stream, payload = self._next_frame()
@@ -133,9 +124,9 @@ class Connection:
         elif kind == _SETTINGS and not flags & _ACK:
             for at in range(0, len(payload), 6):
                 self._set(*struct.unpack_from(">HI", payload, at))
-            self._socket.sendall(_frame(_SETTINGS, _ACK, 0, b""))
+            self._socket.sendall(frame(_SETTINGS, _ACK, 0, b""))
         elif kind == _PING and not flags & _ACK:
-            self._socket.sendall(_frame(_PING, _ACK, 0, payload))
+            self._socket.sendall(frame(_PING, _ACK, 0, payload))
         elif kind == _WINDOW:
             (more,) = struct.unpack(">I", payload)
             if stream == 0:
@@ -155,7 +146,7 @@ class Connection:
     def _give_back(self) -> None:
         window = struct.pack(">I", self._received)
         self._received = 0
-        frames = _frame(_WINDOW, 0, 0, window) + _frame(_WINDOW, 0, self._stream, window)
+        frames = frame(_WINDOW, 0, 0, window) + frame(_WINDOW, 0, self._stream, window)
         self._socket.sendall(frames)
 
     def _next_frame(self) -> tuple[int, int, int, bytes]:
@@ -175,15 +166,29 @@ class Connection:
             self._read, self._at = self._read[self._at :] + part, 0
 
 
-def _head(size: int, kind: int, flags: int, stream: int) -> bytes:
+def call_headers(path: str, authority: bytes, timeout: bytes = b"60S") -> bytes:
+    """Of a call, without a table of earlier ones."""
+    return b"".join(
+        (
+            b"\x83\x86",  # POST, http
+            b"\x04" + text(path.encode()),
+            b"\x01" + text(authority),
+            b"\x00" + text(b"te") + text(b"trailers"),
+            b"\x00" + text(b"content-type") + text(b"application/grpc"),
+            b"\x00" + text(b"grpc-timeout") + text(timeout),
+        )
+    )
+
+
+def head(size: int, kind: int, flags: int, stream: int) -> bytes:
     return size.to_bytes(3, "big") + struct.pack(">BBI", kind, flags, stream)
 
 
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return _head(len(payload), kind, flags, stream) + payload
+def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
+    return head(len(payload), kind, flags, stream) + payload
 
 
-def _text(text: bytes) -> bytes:
+def text(said: bytes) -> bytes:
     """A header's name or value, of less than 127 bytes."""
-    assert len(text) < 127, text
-    return bytes([len(text)]) + text
+    assert len(said) < 127, said
+    return bytes([len(said)]) + said
