@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -137,8 +138,12 @@ def lane_to(device: torch.device, given: torch.Tensor, *, long: bool = False) ->
         long: whether the call is expected to take long.
     """
     if device.type != "cuda" or not given.is_cpu:
-        return Lane(device)
+        return _plain(device)
     return OwnLane(device) if long else SharedLane(device)
+
+
+# It has no state of a call.
+_plain = lru_cache(maxsize=64)(Lane)
 
 
 def finish(device: torch.device) -> None:

@@ -55,6 +55,8 @@ def joined(parts: Sequence[Packed], *, pinned: bool = False) -> torch.Tensor:
         pinned: in memory that a GPU reads by itself, where that is worth it.
     """
     first = parts[0]
+    if len(parts) == 1 and not pinned:
+        return first.tensor()
     rows = sum(part.rows for part in parts)
     shape = (rows, *first.shape[1:]) if len(parts) > 1 else first.shape
     if (

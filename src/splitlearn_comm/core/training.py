@@ -129,6 +129,8 @@ class GraphStore:
 
     def drop_expired(self) -> None:
         """Drop the forwards that are older than `ttl_s`."""
+        if not self._kept:
+            return
         oldest_kept_at_s = self._clock() - self._ttl_s
         expired: list[KeptForward] = []
         with self._lock:

@@ -141,10 +141,15 @@ def answer_head(metadata: Metadata = ()) -> bytes:
     return _ANSWER_HEAD + _fields(metadata) if metadata else _ANSWER_HEAD
 
 
-@lru_cache(maxsize=1024)
 def trailers(status: grpc.StatusCode, details: str, metadata: Metadata = ()) -> bytes:
     """The block of headers that ends an answer."""
-    block = _literal(b"grpc-status", str(status.value[0]).encode())
+    # The hash of a member of an enum is computed in Python, that of its number is not.
+    return _trailers(0 if status is grpc.StatusCode.OK else status.value[0], details, metadata)
+
+
+@lru_cache(maxsize=1024)
+def _trailers(status: int, details: str, metadata: Metadata) -> bytes:
+    block = _literal(b"grpc-status", str(status).encode())
     if details:
         block += _literal(b"grpc-message", quote(details, safe=_READABLE).encode())
     return block + _fields(metadata)

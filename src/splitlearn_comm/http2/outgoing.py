@@ -22,6 +22,8 @@ _MOST_PARTS = 512
 """Parts of one call of the system's; the least that one allows is 1024."""
 _AT_ONCE = 1 << 20
 """Bytes of one call's answer that are made ready before other calls on the connection have their turn."""
+_COPIED_AT_MOST = 1 << 16
+"""Of a message of several frames."""
 _MOST_CONTROL_BYTES = 1 << 20
 """Of answers to pings and settings that wait; a caller who does not read them is not kept."""
 _LARGEST_FRAME = 1 << 20
@@ -223,6 +225,9 @@ class Outgoing:
             begin = first + frames.head(size, frames.DATA, 0, lane.number)
             return [begin, *content, last] if last else [begin, *content]
         out: list[Bytes] = [first] if first else []
+        if size <= _COPIED_AT_MOST:
+            # To copy it once is quicker than to look at each part for where a frame ends.
+            content = (b"".join(content),)
         left = size
         room = 0
         for part in content:

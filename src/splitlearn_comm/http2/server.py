@@ -181,7 +181,7 @@ class Server(grpc.Server):
         """A call has ended."""
         with self._lock:
             self._calls -= 1
-            if not self._calls:
+            if self._stopping and not self._calls:
                 self._idle.notify_all()
 
     def soon(self, work: Callable[[], None]) -> None:

@@ -24,8 +24,10 @@ class BoundedPool(ThreadPoolExecutor):
     def __init__(self, name: str, max_workers: int, max_waiting: int) -> None:
         super().__init__(max_workers, thread_name_prefix=name)
         self.limit = max_workers + max_waiting
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._outstanding = 0
+        self._waits = 0
 
     @property
     def full(self) -> bool:
@@ -45,17 +47,21 @@ class BoundedPool(ThreadPoolExecutor):
 
     def enter(self) -> None:
         """Count a piece of work that is done elsewhere, until `leave`."""
-        with self._changed:
+        with self._lock:
             self._outstanding += 1
 
     def leave(self) -> None:
         """A piece of work is done."""
-        with self._changed:
+        with self._lock:
             self._outstanding -= 1
-            if not self._outstanding:
+            if self._waits and not self._outstanding:
                 self._changed.notify_all()
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing runs or waits; False if that takes longer than `timeout_s`."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._outstanding, timeout_s)
+        with self._lock:
+            self._waits += 1
+            try:
+                return self._changed.wait_for(lambda: not self._outstanding, timeout_s)
+            finally:
+                self._waits -= 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.rollout import Traffic, Trial
@@ -37,6 +36,7 @@ class ManagedModel:
         trial: while it is LOADING: it is tried beside the version that serves; None if it is not.
         verified: what was found of its answers before it served, a sentence each.
         error: why it FAILED.
+        version: what callers are told of which version answers: the generation.
         largest_batch: up to what size of dimension 0 batches are thought to fit, because a larger one ran
             out of memory; None if none did.
     """
@@ -45,7 +45,7 @@ class ManagedModel:
         self, key: str, spec: ModelSpec, *, owner: Owner, device: str, loading_since_s: float
     ) -> None:
         self.key = key
-        self.spec = spec
+        self._adopt(spec)
         self.owner = owner
         self.device = device
         self.state = State.LOADING
@@ -75,19 +75,24 @@ class ManagedModel:
     def __repr__(self) -> str:
         return f"<ManagedModel {self.key} {self.state} on {self.device}, {self._leases} leases>"
 
+    @property
+    def spec(self) -> ModelSpec:
+        """What it was loaded for, or has taken over since without being loaded again."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: ModelSpec) -> None:
+        self._adopt(spec)
+
+    def _adopt(self, spec: ModelSpec) -> None:
+        # As attributes: each request reads them several times.
+        self._spec = spec
+        self.config = spec.config
+        self.model_id = spec.config.model_id
+        self.weight = spec.config.weight
+        self.version = str(spec.generation)
+
     # What routing reads of a candidate.
-
-    @property
-    def model_id(self) -> str:
-        return self.spec.config.model_id
-
-    @property
-    def config(self) -> ModelConfig:
-        return self.spec.config
-
-    @property
-    def weight(self) -> float:
-        return self.spec.config.weight
 
     @property
     def in_flight(self) -> int:
@@ -97,11 +102,6 @@ class ManagedModel:
     @property
     def idle(self) -> bool:
         return self._leases == 0
-
-    @property
-    def version(self) -> str:
-        """What callers are told of which version answers: the generation."""
-        return str(self.spec.generation)
 
     @property
     def traffic(self) -> Traffic:

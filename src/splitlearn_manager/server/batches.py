@@ -64,15 +64,16 @@ class BatchRunner:
             return []
         instance = queue.instance
         began_s = self._clock()
-        rows = sum(waiting.rows for waiting in batch)
+        alone = len(batch) == 1
+        rows = batch[0].rows if alone else sum(waiting.rows for waiting in batch)
         self._ran(instance.model_id, rows, began_s - batch[0].came_s)
         try:
-            output = _output(instance, batch)
+            output = _output(instance, batch, rows)
         except BaseException as error:
             # BaseException, because a model that calls sys.exit() would otherwise leave its callers waiting.
             return self._after_failure(queue, batch, error)
         computed_ms = (self._clock() - began_s) * 1000
-        if len(batch) == 1:
+        if alone:
             return [(batch[0], Output(output).whole(), computed_ms)]
         if output.dim() == 0 or output.shape[0] != rows:
             log.warning(
@@ -109,13 +110,12 @@ class BatchRunner:
         return [answer for waiting in batch for answer in self.run(queue, [waiting])]
 
 
-def _output(instance: ManagedModel, batch: Sequence[Waiting]) -> torch.Tensor:
+def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> torch.Tensor:
     running = instance.running
     if running is None:
         raise NotReady(f"model {instance.model_id!r} is being unloaded")
     until_s = _until_s(batch)
     remaining_s = None if until_s is None else until_s - monotonic()
-    rows = sum(waiting.rows for waiting in batch)
     shape = (rows, *batch[0].packed.shape[1:])
     with working_for(remaining_s), telling_out_of_memory(instance.model_id, shape):
         function = running.compute_function

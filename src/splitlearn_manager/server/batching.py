@@ -106,6 +106,7 @@ class Batcher:
         self._asked_last = ""
         self._mixed_s = -COMPANY_S
         self._least_s: dict[str, float] = {}
+        self._found: Queue | None = None
         self._stopped = False
 
     def submit(self, lease: Lease, inference: Inference, packed: Packed) -> None:
@@ -159,13 +160,18 @@ class Batcher:
         """Whether there is a short batch to run."""
         with self._lock:
             now = self._polled_s = self._clock()
-            return self._next(now, here=True) is not None
+            self._found = self._next(now, here=True)
+            return self._found is not None
 
     def run_here(self) -> None:
         """Run a short batch, if there is one."""
         with self._lock:
             now = self._polled_s = self._clock()
-            queue, me = self._next(now, here=True), self._poller
+            (queue, self._found), me = (self._found, None), self._poller
+            if queue is None or not (
+                self._wants(queue) and self._has_place(queue, self._taken(now))
+            ):
+                queue = self._next(now, here=True)
             if queue is None or me is None:
                 return
             batch = self._take(queue, me, now)
@@ -203,26 +209,32 @@ class Batcher:
 
     def _taken(self, now: float) -> list[str]:
         """The devices of the forwards under way that have not lent their places."""
+        if not self._began:
+            return []
         lent = now - LENDS_S
         return [where for began_s, where in self._began.values() if began_s > lent]
 
     def _has_place(self, queue: Queue, taken: Sequence[str]) -> bool:
         """Whether another forward may begin there."""
+        if not taken:
+            return True
         least = 1 if queue.where == CPU else _LEAST_ON_GPU
         return taken.count(queue.where) < max(least, self._plan.forwards)
 
     def _next(self, now: float, *, here: bool = False) -> Queue | None:
         """The queue whose turn it is, `here` on the thread that polls."""
-        taken = self._taken(now)
-        ready = [
-            q
-            for q in self._active.values()
-            if self._wants(q)
-            and self._has_place(q, taken)
-            and q.ripe_s() <= now
-            and (q.is_short(self._short_s(now)) if here else not self._is_for_poller(q, now))
-        ]
-        return min(ready, key=lambda q: q.had_s, default=None)
+        taken, short_s = self._taken(now), self._short_s(now)
+        found: Queue | None = None
+        for queue in self._active.values():
+            if (
+                (found is None or queue.had_s < found.had_s)
+                and self._wants(queue)
+                and self._has_place(queue, taken)
+                and queue.ripe_s() <= now
+                and (queue.is_short(short_s) if here else not self._is_for_poller(queue, now))
+            ):
+                found = queue
+        return found
 
     def _short_s(self, now: float) -> float:
         """How long a batch may take that keeps others from being noticed."""

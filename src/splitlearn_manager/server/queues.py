@@ -26,7 +26,8 @@ class Waiting:
     @property
     def rows(self) -> int:
         """Its size in the dimension along which requests are joined; 0 if it cannot be joined."""
-        return self.packed.rows
+        shape = self.packed.shape
+        return shape[0] if shape else 0
 
     def goes_with(self, other: Waiting) -> bool:
         """Whether the two may be in one batch."""

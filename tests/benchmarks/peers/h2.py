@@ -17,6 +17,7 @@ _TABLE_SIZE, _INITIAL_WINDOW, _MOST_OF_A_FRAME = 1, 4, 5
 _FIRST_WINDOW = 65_535
 _LARGEST_WINDOW = 2**31 - 1
 _GIVE_BACK_AT = 2**30
+_LARGEST_FRAME = 2**20
 _OK = b"grpc-status\x010"
 """As the server writes it that may not refer to earlier headers."""
 
@@ -38,10 +39,16 @@ class Connection:
         self._stream_window = 0
         self._most = 16_384
         self._read, self._at = b"", 0
-        self._received = 0
-        self._message = b""
+        self._received = self._received_of_stream = 0
+        self._chunks: list[bytes] = []
+        self._have = 0
         self._trailers: bytes | None = None
-        settings = struct.pack(">HIHI", _TABLE_SIZE, 0, _INITIAL_WINDOW, _LARGEST_WINDOW)
+        settings = struct.pack(
+            ">HIHIHI",
+            *(_TABLE_SIZE, 0),
+            *(_INITIAL_WINDOW, _LARGEST_WINDOW),
+            *(_MOST_OF_A_FRAME, _LARGEST_FRAME),
+        )
         window = struct.pack(">I", _LARGEST_WINDOW - _FIRST_WINDOW)
         self._out = _PREFACE + frame(_SETTINGS, 0, 0, settings) + frame(_WINDOW, 0, 0, window)
 
@@ -65,7 +72,8 @@ class Connection:
         """The headers of a call; they travel with its first message."""
         self._stream += 2
         self._stream_window = self._initial
-        self._message, self._trailers = b"", None
+        self._chunks, self._have, self._trailers = [], 0, None
+        self._received_of_stream = 0
         headers = call_headers(path, self._authority)
         self._out += frame(_HEADERS, _END_HEADERS, self._stream, headers)
 
@@ -91,12 +99,15 @@ class Connection:
     def receive(self) -> bytes:
         """The next message of the answer. Raises Refused if there is none."""
         while True:
-            if len(self._message) >= 5:
-                (size,) = struct.unpack_from(">I", self._message, 1)
-                if len(self._message) >= 5 + size:
-                    message = self._message[5 : 5 + size]
-                    self._message = self._message[5 + size :]
-                    return message
+            if self._have >= 5:
+                if len(self._chunks[0]) < 5:
+                    self._chunks = [b"".join(self._chunks)]
+                end = 5 + int.from_bytes(self._chunks[0][1:5], "big")
+                if self._have >= end:
+                    whole = b"".join(self._chunks)
+                    self._chunks = [whole[end:]] if len(whole) > end else []
+                    self._have -= end
+                    return whole[5:end]
             if self._trailers is not None:
                 self._check_status()
                 raise Refused("the call ended without a message")
@@ -112,8 +123,11 @@ class Connection:
     def _take_frame(self) -> None:
         kind, flags, stream, payload = self._next_frame()
         if kind == _DATA and stream == self._stream:
-            self._message = self._message + payload if self._message else payload
+            if payload:
+                self._chunks.append(payload)
+            self._have += len(payload)
             self._received += len(payload)
+            self._received_of_stream += len(payload)
             if self._received > _GIVE_BACK_AT:
                 self._give_back()
             if flags & _END_STREAM:
@@ -144,10 +158,10 @@ class Connection:
             self._most = value
 
     def _give_back(self) -> None:
-        window = struct.pack(">I", self._received)
-        self._received = 0
-        frames = frame(_WINDOW, 0, 0, window) + frame(_WINDOW, 0, self._stream, window)
-        self._socket.sendall(frames)
+        sizes = {0: self._received, self._stream: self._received_of_stream}
+        self._received = self._received_of_stream = 0
+        frames = [frame(_WINDOW, 0, of, struct.pack(">I", size)) for of, size in sizes.items()]
+        self._socket.sendall(b"".join(frames))
 
     def _next_frame(self) -> tuple[int, int, int, bytes]:
         self._fill(9)
@@ -159,11 +173,16 @@ class Connection:
         return kind, flags, stream & _LARGEST_WINDOW, self._read[begin : self._at]
 
     def _fill(self, size: int) -> None:
-        while len(self._read) - self._at < size:
-            part = self._socket.recv(1 << 18)
-            if not part:
+        have = len(self._read) - self._at
+        if have >= size:
+            return
+        parts = [self._read[self._at :]]
+        while have < size:
+            parts.append(self._socket.recv(1 << 18))
+            have += len(parts[-1])
+            if not parts[-1]:
                 raise Refused("the server has closed the connection")
-            self._read, self._at = self._read[self._at :] + part, 0
+        self._read, self._at = b"".join(parts), 0
 
 
 def call_headers(path: str, authority: bytes, timeout: bytes = b"60S") -> bytes:
