@@ -54,6 +54,10 @@ class Lane:
         self.queue: deque[memoryview] = deque()
         self.tail = b""
 
+    def forget(self) -> None:
+        """Nobody need be told any more: its call is over, and would be kept by what it is told by."""
+        self.sent = self.over = _nothing
+
 
 class Outgoing:
     """See the module's text.
@@ -333,6 +337,10 @@ class Outgoing:
         self._backlog.clear()
         self._waiting.clear()
         self._broken()
+
+
+def _nothing() -> None:
+    pass
 
 
 def _copied(parts: Sequence[Bytes], begin: int) -> memoryview:

@@ -48,6 +48,25 @@ class Handler(Protocol):
         ...
 
 
+class _Ended:
+    """Handles a call that has ended, since it and what it was handled by would keep each other."""
+
+    def message(self, message: Bytes) -> bool:
+        return True
+
+    def no_more(self) -> None:
+        pass
+
+    def over(self) -> None:
+        pass
+
+    def sent(self) -> None:
+        pass
+
+
+_ENDED = _Ended()
+
+
 class Carrier(Protocol):
     """The connection that a call is on.
 
@@ -155,8 +174,10 @@ class StreamOfCall:
         self.active = False
         if self.connection.streams.pop(self.lane.number, None) is None:
             return
-        if self.handler is not None:
-            self.handler.over()
+        handler, self.handler = self.handler, _ENDED
+        if handler is not None:
+            handler.over()
+        self.lane.forget()
         self.connection.ended(self)
 
     def _fits(self, parts: Sequence[Bytes]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import struct
 import threading
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 
 from splitlearn_comm.http2 import frames
 from splitlearn_comm.http2.server import Server
-from splitlearn_comm.http2.stream import WINDOW
+from splitlearn_comm.http2.stream import WINDOW, StreamOfCall
 from splitlearn_comm.server.pool import BoundedPool
 from support.h2_caller import PATIENCE_S, Caller, message
 from support.waiting import eventually
@@ -600,3 +601,22 @@ def test_a_caller_that_never_reads_what_it_asks_for_is_not_kept(shared: Lab) -> 
         with pytest.raises((ConnectionResetError, BrokenPipeError)):
             for _ in range(1000):
                 caller.sendall(pings)
+
+
+def test_calls_that_have_ended_are_freed_without_a_collector(lab: Lab) -> None:
+    """What a call consists of must not keep itself: memory grew between two runs of the collector."""
+
+    def of_calls() -> int:
+        # The type itself is asked: some objects of torch make themselves up when they are looked at.
+        return sum(type(each) is StreamOfCall for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(5):
+            lab.unary("Taken", b"x")
+            lab.unary("Twice", b"x")
+            assert lab.refusal("Full")[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        eventually(lambda: of_calls() == 0, "none of them is kept")
+    finally:
+        gc.enable()
