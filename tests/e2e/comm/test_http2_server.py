@@ -613,10 +613,11 @@ def test_calls_that_have_ended_are_freed_without_a_collector(lab: Lab) -> None:
     gc.collect()
     gc.disable()
     try:
+        before = of_calls()  # the log keeps calls of other tests, with their errors
         for _ in range(5):
             lab.unary("Taken", b"x")
             lab.unary("Twice", b"x")
             assert lab.refusal("Full")[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        eventually(lambda: of_calls() == 0, "none of them is kept")
+        eventually(lambda: of_calls() <= before, "none of them is kept")
     finally:
         gc.enable()
