@@ -16,14 +16,14 @@ from time import monotonic, sleep
 
 import grpc
 import torch
-from peers.pipelined import RESET, Pipelined
+from peers.pipelined import WITHOUT_STATUS, Pipelined
 
 from splitlearn_comm.core import TensorCodec
 from splitlearn_comm.protocol import compute_pb2
 
 CONNECTIONS = 4
 RPC = "/splitlearn.comm.ComputeService/Compute"
-NAMES = {code.value[0]: code.name for code in grpc.StatusCode} | {RESET: "RESET"}
+NAMES = {code.value[0]: code.name for code in grpc.StatusCode} | {WITHOUT_STATUS: "RESET"}
 
 
 def main() -> None:

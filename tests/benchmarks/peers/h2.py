@@ -10,12 +10,12 @@ from __future__ import annotations
 import socket
 import struct
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GO_AWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
-_TABLE_SIZE, _INITIAL_WINDOW, _MOST_OF_A_FRAME = 1, 4, 5
-_FIRST_WINDOW = 65_535
-_LARGEST_WINDOW = 2**31 - 1
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RESET, SETTINGS, PING, GO_AWAY, WINDOW = 0, 1, 3, 4, 6, 7, 8
+END_STREAM, ACK, END_HEADERS = 1, 1, 4
+TABLE_SIZE, INITIAL_WINDOW, MOST_OF_A_FRAME = 1, 4, 5
+FIRST_WINDOW = 65_535
+LARGEST_WINDOW = 2**31 - 1
 _GIVE_BACK_AT = 2**30
 _LARGEST_FRAME = 2**20
 _OK = b"grpc-status\x010"
@@ -35,7 +35,7 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._authority = address.encode()
         self._stream = -1
-        self._initial = self._connection_window = _FIRST_WINDOW
+        self._initial = self._connection_window = FIRST_WINDOW
         self._stream_window = 0
         self._most = 16_384
         self._read, self._at = b"", 0
@@ -45,12 +45,12 @@ class Connection:
         self._trailers: bytes | None = None
         settings = struct.pack(
             ">HIHIHI",
-            *(_TABLE_SIZE, 0),
-            *(_INITIAL_WINDOW, _LARGEST_WINDOW),
-            *(_MOST_OF_A_FRAME, _LARGEST_FRAME),
+            *(TABLE_SIZE, 0),
+            *(INITIAL_WINDOW, LARGEST_WINDOW),
+            *(MOST_OF_A_FRAME, _LARGEST_FRAME),
         )
-        window = struct.pack(">I", _LARGEST_WINDOW - _FIRST_WINDOW)
-        self._out = _PREFACE + frame(_SETTINGS, 0, 0, settings) + frame(_WINDOW, 0, 0, window)
+        window = struct.pack(">I", LARGEST_WINDOW - FIRST_WINDOW)
+        self._out = PREFACE + frame(SETTINGS, 0, 0, settings) + frame(WINDOW, 0, 0, window)
 
     def __enter__(self) -> Connection:
         return self
@@ -75,7 +75,7 @@ class Connection:
         self._chunks, self._have, self._trailers = [], 0, None
         self._received_of_stream = 0
         headers = call_headers(path, self._authority)
-        self._out += frame(_HEADERS, _END_HEADERS, self._stream, headers)
+        self._out += frame(HEADERS, END_HEADERS, self._stream, headers)
 
     def send(self, message: bytes, *, last: bool) -> None:
         """A message of the call that has begun."""
@@ -89,8 +89,8 @@ class Connection:
                 parts = []
                 self._take_frame()
                 continue
-            ends = _END_STREAM if last and size == len(data) else 0
-            parts += (head(size, _DATA, ends, self._stream), data[:size])
+            ends = END_STREAM if last and size == len(data) else 0
+            parts += (head(size, DATA, ends, self._stream), data[:size])
             data = data[size:]
             self._stream_window -= size
             self._connection_window -= size
@@ -122,7 +122,7 @@ class Connection:
 
     def _take_frame(self) -> None:
         kind, flags, stream, payload = self._next_frame()
-        if kind == _DATA and stream == self._stream:
+        if kind == DATA and stream == self._stream:
             if payload:
                 self._chunks.append(payload)
             self._have += len(payload)
@@ -130,37 +130,37 @@ class Connection:
             self._received_of_stream += len(payload)
             if self._received > _GIVE_BACK_AT:
                 self._give_back()
-            if flags & _END_STREAM:
+            if flags & END_STREAM:
                 self._trailers = b""
-        elif kind == _HEADERS and stream == self._stream:
-            if flags & _END_STREAM:
+        elif kind == HEADERS and stream == self._stream:
+            if flags & END_STREAM:
                 self._trailers = payload
-        elif kind == _SETTINGS and not flags & _ACK:
+        elif kind == SETTINGS and not flags & ACK:
             for at in range(0, len(payload), 6):
                 self._set(*struct.unpack_from(">HI", payload, at))
-            self._socket.sendall(frame(_SETTINGS, _ACK, 0, b""))
-        elif kind == _PING and not flags & _ACK:
-            self._socket.sendall(frame(_PING, _ACK, 0, payload))
-        elif kind == _WINDOW:
+            self._socket.sendall(frame(SETTINGS, ACK, 0, b""))
+        elif kind == PING and not flags & ACK:
+            self._socket.sendall(frame(PING, ACK, 0, payload))
+        elif kind == WINDOW:
             (more,) = struct.unpack(">I", payload)
             if stream == 0:
                 self._connection_window += more
             elif stream == self._stream:
                 self._stream_window += more
-        elif kind in (_RESET, _GO_AWAY):
+        elif kind in (RESET, GO_AWAY):
             raise Refused(f"the server has ended the call: {payload!r}")
 
     def _set(self, name: int, value: int) -> None:
-        if name == _INITIAL_WINDOW:
+        if name == INITIAL_WINDOW:
             self._stream_window += value - self._initial
             self._initial = value
-        elif name == _MOST_OF_A_FRAME:
+        elif name == MOST_OF_A_FRAME:
             self._most = value
 
     def _give_back(self) -> None:
         sizes = {0: self._received, self._stream: self._received_of_stream}
         self._received = self._received_of_stream = 0
-        frames = [frame(_WINDOW, 0, of, struct.pack(">I", size)) for of, size in sizes.items()]
+        frames = [frame(WINDOW, 0, of, struct.pack(">I", size)) for of, size in sizes.items()]
         self._socket.sendall(b"".join(frames))
 
     def _next_frame(self) -> tuple[int, int, int, bytes]:
@@ -170,7 +170,7 @@ class Connection:
         self._fill(9 + size)
         begin = self._at + 9
         self._at = begin + size
-        return kind, flags, stream & _LARGEST_WINDOW, self._read[begin : self._at]
+        return kind, flags, stream & LARGEST_WINDOW, self._read[begin : self._at]
 
     def _fill(self, size: int) -> None:
         have = len(self._read) - self._at

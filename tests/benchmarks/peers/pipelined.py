@@ -11,18 +11,32 @@ import struct
 import threading
 from collections.abc import Callable
 
-from peers.h2 import call_headers, frame, head
+from peers.h2 import (
+    ACK,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    FIRST_WINDOW,
+    GO_AWAY,
+    HEADERS,
+    INITIAL_WINDOW,
+    LARGEST_WINDOW,
+    MOST_OF_A_FRAME,
+    PING,
+    PREFACE,
+    RESET,
+    SETTINGS,
+    TABLE_SIZE,
+    WINDOW,
+    call_headers,
+    frame,
+    head,
+)
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _RESET, _SETTINGS, _PING, _GO_AWAY, _WINDOW = 0, 1, 3, 4, 6, 7, 8
-_END_STREAM, _ACK, _END_HEADERS = 1, 1, 4
-_TABLE_SIZE, _INITIAL_WINDOW, _MOST_OF_A_FRAME = 1, 4, 5
-_FIRST_WINDOW = 65_535
-_LARGEST_WINDOW = 2**31 - 1
 _STATUS = b"grpc-status"
 _AT_ONCE = 2**18
 
-RESET = -1
+WITHOUT_STATUS = -1
 """The status of a call that ended without one."""
 
 
@@ -42,14 +56,12 @@ class Pipelined:
         self._headers = call_headers(path, address.encode(), timeout=b"10S")
         self._message = struct.pack(">BI", 0, len(message)) + message
         self._ended = ended
-        self._window, self._most = _FIRST_WINDOW, 16_384
+        self._window, self._most = FIRST_WINDOW, 16_384
         self._changed = threading.Condition()
         self._ready = threading.Event()
-        settings = struct.pack(">HIHI", _TABLE_SIZE, 0, _INITIAL_WINDOW, _LARGEST_WINDOW)
-        more = struct.pack(">I", _LARGEST_WINDOW - _FIRST_WINDOW)
-        self._socket.sendall(
-            _PREFACE + frame(_SETTINGS, 0, 0, settings) + frame(_WINDOW, 0, 0, more)
-        )
+        settings = struct.pack(">HIHI", TABLE_SIZE, 0, INITIAL_WINDOW, LARGEST_WINDOW)
+        more = struct.pack(">I", LARGEST_WINDOW - FIRST_WINDOW)
+        self._socket.sendall(PREFACE + frame(SETTINGS, 0, 0, settings) + frame(WINDOW, 0, 0, more))
         threading.Thread(target=self._read, daemon=True).start()
         assert self._ready.wait(10), "the server sent no settings"
 
@@ -59,11 +71,11 @@ class Pipelined:
         with self._changed:
             assert self._changed.wait_for(lambda: self._window >= size, 60), "no window"
             self._window -= size
-        parts = [frame(_HEADERS, _END_HEADERS, stream, self._headers)]
+        parts = [frame(HEADERS, END_HEADERS, stream, self._headers)]
         for at in range(0, size, self._most):
             piece = self._message[at : at + self._most]
-            ends = _END_STREAM if at + self._most >= size else 0
-            parts += (head(len(piece), _DATA, ends, stream), piece)
+            ends = END_STREAM if at + self._most >= size else 0
+            parts += (head(len(piece), DATA, ends, stream), piece)
         self._socket.sendall(b"".join(parts))
 
     def _read(self) -> None:
@@ -79,36 +91,36 @@ class Pipelined:
                 size = int.from_bytes(read[at : at + 3], "big")
                 kind, flags, stream = struct.unpack_from(">BBI", read, at + 3)
                 end = at + 9 + size
-                if kind == _DATA:
+                if kind == DATA:
                     # Of the answers only their ends count.
                     skip = max(0, end - len(read))
                 elif end > len(read):
                     break
                 else:
-                    self._take(kind, flags, stream & _LARGEST_WINDOW, read[at + 9 : end])
+                    self._take(kind, flags, stream & LARGEST_WINDOW, read[at + 9 : end])
                 at = min(end, len(read))
             read = read[at:]
 
     def _take(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == _HEADERS and flags & _END_STREAM:
+        if kind == HEADERS and flags & END_STREAM:
             at = payload.index(_STATUS) + len(_STATUS)
             self._ended(stream // 2, int(payload[at + 1 : at + 1 + payload[at]]))
-        elif kind == _RESET:
-            self._ended(stream // 2, RESET)
-        elif kind == _SETTINGS and not flags & _ACK:
+        elif kind == RESET:
+            self._ended(stream // 2, WITHOUT_STATUS)
+        elif kind == SETTINGS and not flags & ACK:
             for place in range(0, len(payload), 6):
                 name, value = struct.unpack_from(">HI", payload, place)
-                if name == _MOST_OF_A_FRAME:
+                if name == MOST_OF_A_FRAME:
                     self._most = value
-                elif name == _INITIAL_WINDOW:
+                elif name == INITIAL_WINDOW:
                     assert value >= len(self._message), "a call needs more than its first window"
-            self._socket.sendall(frame(_SETTINGS, _ACK, 0, b""))
+            self._socket.sendall(frame(SETTINGS, ACK, 0, b""))
             self._ready.set()
-        elif kind == _PING and not flags & _ACK:
-            self._socket.sendall(frame(_PING, _ACK, 0, payload))
-        elif kind == _WINDOW and stream == 0:
+        elif kind == PING and not flags & ACK:
+            self._socket.sendall(frame(PING, ACK, 0, payload))
+        elif kind == WINDOW and stream == 0:
             with self._changed:
                 self._window += int.from_bytes(payload, "big")
                 self._changed.notify()
-        elif kind == _GO_AWAY:
+        elif kind == GO_AWAY:
             raise ConnectionError(f"the server has left: {payload!r}")
