@@ -45,7 +45,7 @@ class ManagedModel:
         self, key: str, spec: ModelSpec, *, owner: Owner, device: str, loading_since_s: float
     ) -> None:
         self.key = key
-        self._adopt(spec)
+        self.spec = spec
         self.owner = owner
         self.device = device
         self.state = State.LOADING
@@ -82,9 +82,6 @@ class ManagedModel:
 
     @spec.setter
     def spec(self, spec: ModelSpec) -> None:
-        self._adopt(spec)
-
-    def _adopt(self, spec: ModelSpec) -> None:
         # As attributes: each request reads them several times.
         self._spec = spec
         self.config = spec.config
