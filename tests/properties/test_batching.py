@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
+import threading
+from collections.abc import Callable
+from unittest import mock
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from splitlearn_comm.core import TensorCodec
+from splitlearn_comm.http2 import polling
+from splitlearn_comm.http2.polling import Polling
 from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.threads import ThreadPlan
-from support.inferences import Gate, ask, instance_of
+from support.inferences import PATIENCE_S, Asked, Gate, ask, instance_of, leased
 
 torch.manual_seed(0)
 MODULES = {
@@ -53,4 +62,87 @@ def test_joined_requests_are_answered_as_alone(
             torch.testing.assert_close(one.result(), module(tensor))
     assert sum(gate.rows) == 1 + sum(rows for rows, _ in shapes)
     assert all(rows <= max(batch_size, *(r for r, _ in shapes), 1) for rows in gate.rows)
+    batcher.stop()
+
+
+class Pausing(nn.Module):
+    """Takes so many milliseconds for a forward, one after the other, again and again; says when it begins."""
+
+    def __init__(self, pauses_ms: list[int], begins: Callable[[], None]) -> None:
+        super().__init__()
+        self.pauses_ms = pauses_ms
+        self.begins = begins
+        self.runs = 0
+        self.never = threading.Event()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.begins()
+        self.never.wait(self.pauses_ms[self.runs % len(self.pauses_ms)] / 1000)
+        self.runs += 1
+        return x + 1
+
+
+@given(
+    pauses=st.lists(
+        st.lists(st.sampled_from((0, 1, 5, 9)), min_size=1, max_size=5), min_size=1, max_size=2
+    ),
+    joins=st.booleans(),
+    at_a_time=st.integers(1, 3),
+    threads=st.integers(1, 2),
+)
+@settings(max_examples=25, deadline=None)
+def test_requests_that_come_while_others_run_need_no_later_ones_to_be_answered(
+    pauses: list[list[int]], joins: bool, at_a_time: int, threads: int
+) -> None:
+    """Whoever runs a batch, and whoever polls by then: no request waits until something else arrives.
+
+    Seen to fail, with the last requests left for ever, where a thread that loses the polling while it runs a
+    batch does not look for the next one.
+    """
+    total = 30
+    batcher = Batcher(ThreadPlan(threads, lambda: 1, {"OMP_NUM_THREADS": "1"}), apart=1)
+    arriving: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    numbers = iter(range(total))
+    over, all_answered = threading.Event(), threading.Event()
+    lock = threading.Lock()
+
+    def send(count: int = at_a_time) -> None:
+        with lock:
+            for number in itertools.islice(numbers, count):
+                arriving.put(number)
+
+    instances = [
+        instance_of(Pausing(each, send), f"m{number}", joins=joins, batch_size=2)
+        for number, each in enumerate(pauses)
+    ]
+
+    def look(wait: bool) -> bool | None:
+        try:
+            number = arriving.get(wait)
+        except queue.Empty:
+            return None if over.is_set() else False
+        if number is None:
+            return None
+        one = Asked(torch.full((1, 2), float(number)))
+        one.when_ended = lambda ended: answered(number, ended)
+        instance = instances[number % len(instances)]
+        batcher.submit(leased(instance), one, one.unpack(TensorCodec()))
+        return True
+
+    def answered(number: int, ended: Asked) -> None:
+        assert ended.output is not None
+        assert torch.equal(ended.output, torch.full((1, 2), number + 1.0))
+        with lock:
+            done.append(number)
+            if len(done) == total:
+                all_answered.set()
+
+    done: list[int] = []
+    send(2)
+    with mock.patch.object(polling, "TAKEOVER_S", 0.004):
+        Polling(look, batcher).start()
+        in_time = all_answered.wait(PATIENCE_S)
+        over.set()
+        arriving.put(None)
+    assert in_time, f"answered: {sorted(done)}"
     batcher.stop()

@@ -15,7 +15,9 @@ for `LENDS_S` lends its place, so that no slow or hanging model holds up another
 least time, by the weight of its priority (`splitlearn_manager.server.fairness`).
 
 A batch that is expected to be short runs on the thread that polls for calls, if there is one (`polled_here`):
-waking another one would cost more. All others run on threads of the batcher's own.
+waking another one would cost more. All others run on threads of the batcher's own. Whoever will not look for
+the next batch by itself sees to it that somebody does: the thread that polls before it waits for calls, and
+one that has lost the polling as its batch ends.
 
 A queue is bounded by `max_queue`; what is more is refused at once. A request whose deadline has passed, or
 whose caller is gone, is dropped before its forward. The lock is held for microseconds, never in a forward.
@@ -41,6 +43,7 @@ from splitlearn_manager.server.threads import ThreadPlan
 LENDS_S = 0.1
 """A forward that has run for so long no longer counts against the number of those that run at a time."""
 _NEVER_S = float("inf")
+_LONG_AGO_S = float("-inf")
 SHORT_S = 0.04
 """A batch that is expected to take no longer may run on the thread that polls for calls."""
 SHORT_IN_COMPANY_S = 0.002
@@ -102,7 +105,8 @@ class Batcher:
         self._began: dict[_Thread, tuple[float, str]] = {}
         self._poller: _Thread | None = None
         self._poller_id = 0
-        self._polled_s = 0.0
+        self._polled_s = _LONG_AGO_S
+        self._left_here = False
         self._asked_last = ""
         self._mixed_s = -COMPANY_S
         self._least_s: dict[str, float] = {}
@@ -138,7 +142,9 @@ class Batcher:
             here = get_ident() == self._poller_id
             if here:
                 self._polled_s = now
-            if self._wants(queue) and not (here and queue.is_short(self._short_s(now))):
+            if here and queue.is_short(self._short_s(now)):
+                self._left_here = True
+            elif self._wants(queue):
                 if queue.ripe_s() <= now and self._has_place(queue, self._taken(now)):
                     self._wake_one()
                 else:
@@ -161,6 +167,12 @@ class Batcher:
         with self._lock:
             now = self._polled_s = self._clock()
             self._found = self._next(now, here=True)
+            if self._found is None:
+                # This thread may wait for calls now: what was left to it is no longer.
+                self._polled_s = _LONG_AGO_S
+                if self._left_here and self._active:
+                    self._see_to_the_rest(now)
+                self._left_here = False
             return self._found is not None
 
     def run_here(self) -> None:
@@ -175,6 +187,8 @@ class Batcher:
             if queue is None or me is None:
                 return
             batch = self._take(queue, me, now)
+            # While it runs, what waits behind it is for this thread to come back to.
+            self._left_here = True
         self._run(queue, batch, me)
 
     def cut(self, key: str, why: ComputeError) -> int:
@@ -258,6 +272,13 @@ class Batcher:
         left = (self._polled_s + POLLER_BACK_S,) if for_poller else ()
         return min((*lends, *ripens, *left), default=_NEVER_S)
 
+    def _see_to_the_rest(self, now: float) -> None:
+        """Have a thread begin what may be begun now, or look again when that may be so."""
+        if self._next(now) is not None:
+            self._wake_one()
+        else:
+            self._see_to_time(now)
+
     def _see_to_time(self, now: float) -> None:
         """Have a thread look again when that may be somebody's turn."""
         if self._due_s(now) < min((thread.until_s for thread in self._idle), default=_NEVER_S):
@@ -300,12 +321,8 @@ class Batcher:
         queue.running += 1
         self._began[me] = now, queue.where
         self._least_s[queue.where] = max(self._least_s.get(queue.where, 0.0), queue.had_s)
-        if not queue.waiting and len(self._active) == 1:
-            return batch
-        if self._next(now) is not None:
-            self._wake_one()
-        else:
-            self._see_to_time(now)
+        if queue.waiting or len(self._active) > 1:
+            self._see_to_the_rest(now)
         return batch
 
     def _woken_by_time(self, me: _Thread) -> None:
@@ -336,6 +353,9 @@ class Batcher:
                 queue.had_s += (now - began_s) / weight_of(queue.instance.config.priority)
                 if not queue.waiting and not queue.running:
                     del self._active[queue.instance.key]
+                if me.polls and me is not self._poller and self._active:
+                    # Another thread polls by now; this one ends.
+                    self._see_to_the_rest(now)
         for waiting, output, computed_ms in answered:
             end(answer, waiting, output, computed_ms)
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from splitlearn_comm.core import ComputeFailed, NotReady, OutOfMemory, Overloaded, TensorCodec
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.server import batching
 from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.queues import queue_of
 from splitlearn_manager.server.threads import ThreadPlan
@@ -391,3 +392,86 @@ def test_what_the_polling_thread_does_not_come_to_is_run_by_another() -> None:
     waiting.result()
     other.join(PATIENCE_S)
     assert not other.is_alive()
+
+
+def test_who_has_lost_the_polling_leaves_nothing_behind() -> None:
+    """Fails if who ends a batch and polls no more looks for nobody to run the next one."""
+    gate = Gate(mlp())
+    joined, instance = batcher(), instance_of(gate)
+    gate.open.set()
+    ask(joined, instance, torch.ones(1, 4))[0].result()
+    eventually(lambda: not joined._active, "the first batch is over")
+    gate.open.clear()
+    gate.wait_entered()
+    begun = threading.Event()
+
+    def first_poller() -> None:
+        joined.polled_here()
+        ask(joined, instance, torch.ones(1, 4))
+        assert joined.waits_here()
+        begun.set()
+        joined.run_here()
+
+    losing = threading.Thread(target=first_poller)
+    losing.start()
+    assert begun.wait(PATIENCE_S)
+    gate.wait_entered()
+    joined.polled_here()
+    (waiting,) = ask(joined, instance, torch.ones(1, 4))
+    # This thread waits for calls now, and none comes.
+    assert not joined.waits_here()
+    gate.open.set()
+    waiting.result()
+    losing.join(PATIENCE_S)
+    assert not losing.is_alive()
+
+
+def test_what_is_no_longer_short_is_left_to_others_before_the_polling_thread_waits() -> None:
+    """Fails if a request that was left to the polling thread is nobody's when others have come."""
+    now = [0.0]
+    joined, instance = batcher(clock=lambda: now[0]), instance_of(mlp(), "first")
+    beside = instance_of(mlp(), "second", max_queue=1)
+    ask(joined, instance, torch.ones(1, 4))[0].result()
+    eventually(lambda: not joined._active, "the first batch is over")
+    joined.polled_here()
+    instance.queue.request_s = 2 * batching.SHORT_IN_COMPANY_S  # type: ignore[union-attr]
+    now[0] += 2 * batching.COMPANY_S
+    (waiting,) = ask(joined, instance, torch.ones(1, 4))
+    # Others come, and go before they are run.
+    queue_of(beside).request_s = batching.SHORT_IN_COMPANY_S / 2
+    ask(joined, beside, torch.ones(1, 4))
+    assert joined.cut(beside.key, NotReady("it goes")) == 1
+    assert not joined.waits_here()
+    waiting.result()
+
+
+def test_a_batch_behind_one_that_took_long_is_run_by_others() -> None:
+    """Fails if the thread that polls finds it too long for itself, and waits for calls."""
+    now, on_poller = [0.0], threading.Event()
+
+    class Looked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if on_poller.is_set():
+                now[0] += 0.03
+                eventually(
+                    lambda: all(each.until_s == float("inf") for each in joined._idle),
+                    "the others have seen that it runs",
+                )
+            return x
+
+    gate = Gate(Looked())
+    joined, instance = batcher(clock=lambda: now[0], apart=1), instance_of(gate, joins=False)
+    joined.polled_here()
+    first, second, third = ask(joined, instance, *[torch.ones(1, 4)] * 3)
+    gate.wait_entered()
+    gate.open.set()
+    first.result()
+    eventually(lambda: bool(joined._idle), "the second is left to this thread")
+    on_poller.set()
+    assert joined.waits_here()
+    joined.run_here()
+    on_poller.clear()
+    second.result()
+    instance.queue.request_s = 1.0  # type: ignore[union-attr]
+    assert not joined.waits_here()
+    third.result()
