@@ -2,7 +2,7 @@
 
 echo                                    a gRPC server of two threads that sends back what it gets; prints its
                                         port
-client ADDRESS CLIENTS SECONDS [SHAPE]  callers in a closed loop, one request encoded beforehand; prints how
+client ADDRESS CLIENTS SECONDS [SHAPE]  callers in closed loops, one request encoded beforehand; prints how
                                         many answers there were, and the median and 99th percentile in ms
 stream ADDRESS CLIENTS SECONDS          the same over one ComputeStream for each caller; prints the answers
 wake                                    sends back each byte that it gets
@@ -14,8 +14,11 @@ as a server does, on the same processors.
 from __future__ import annotations
 
 import os
+import selectors
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from time import perf_counter
 
 import grpc
@@ -48,41 +51,65 @@ def echo() -> None:
 
 
 def client(address: str, clients: int, seconds: float, shape: tuple[int, ...] = SHAPE) -> None:
-    """Calls from `clients` threads, each with a connection of its own; any failure ends it."""
+    """Unary calls; any failure ends it."""
     request = asked(shape).SerializeToString()
-    until = perf_counter() + seconds
-
-    def loop(_: int) -> list[float]:
-        took_ms: list[float] = []
-        with Connection(address, TIMEOUT_S) as connection:
-            while (began := perf_counter()) < until:
-                connection.call(f"{SERVICE}/Compute", request)
-                took_ms.append((perf_counter() - began) * 1000)
-        return took_ms
-
-    with ThreadPoolExecutor(clients) as threads:
-        found = [ms for each in threads.map(loop, range(clients)) for ms in each]
-    p50, p99 = np.percentile(found, [50, 99]) if found else (0.0, 0.0)
-    print(len(found), p50, p99, flush=True)
+    took_ms = in_closed_loops(
+        address,
+        clients,
+        seconds,
+        lambda connection: connection.ask(f"{SERVICE}/Compute", request),
+        lambda connection: connection.answer(),
+    )
+    p50, p99 = np.percentile(took_ms, [50, 99])
+    print(len(took_ms), p50, p99, flush=True)
 
 
 def stream(address: str, clients: int, seconds: float) -> None:
-    """As `client`, each caller with a stream of its own; the next request follows the answer."""
-    frame = compute_pb2.StreamedRequest(id=1, request=asked(SHAPE)).SerializeToString()
-    until = perf_counter() + seconds
+    """Messages of one ComputeStream for each caller; any failure ends it."""
+    message = compute_pb2.StreamedRequest(id=1, request=asked(SHAPE)).SerializeToString()
+    took_ms = in_closed_loops(
+        address,
+        clients,
+        seconds,
+        lambda connection: connection.send(message, last=False),
+        lambda connection: connection.receive(),
+        lambda connection: connection.begin(f"{SERVICE}/ComputeStream"),
+    )
+    print(len(took_ms), flush=True)
 
-    def loop(_: int) -> int:
-        answered = 0
-        with Connection(address, TIMEOUT_S) as connection:
-            connection.begin(f"{SERVICE}/ComputeStream")
-            while perf_counter() < until:
-                connection.send(frame, last=False)
-                connection.receive()
-                answered += 1
-        return answered
 
-    with ThreadPoolExecutor(clients) as threads:
-        print(sum(threads.map(loop, range(clients))), flush=True)
+def in_closed_loops(
+    address: str,
+    clients: int,
+    seconds: float,
+    ask: Callable[[Connection], object],
+    answer: Callable[[Connection], object],
+    begin: Callable[[Connection], object] = lambda connection: None,
+) -> list[float]:
+    """Milliseconds that each answer took. All callers are one thread: so many would wait for each other."""
+    took_ms: list[float] = []
+    began: dict[Connection, float] = {}
+    with ExitStack() as opened, selectors.DefaultSelector() as selector:
+        for _ in range(clients):
+            connection = opened.enter_context(Connection(address, TIMEOUT_S))
+            selector.register(connection, selectors.EVENT_READ)
+            begin(connection)
+            began[connection] = perf_counter()
+            ask(connection)
+        until = perf_counter() + seconds
+        while began:
+            for key, _ in selector.select():
+                assert isinstance(key.fileobj, Connection)
+                connection = key.fileobj
+                if connection not in began:
+                    continue
+                answer(connection)
+                now = perf_counter()
+                took_ms.append((now - began.pop(connection)) * 1000)
+                if now < until:
+                    began[connection] = now
+                    ask(connection)
+    return took_ms
 
 
 def wake() -> None:

@@ -80,12 +80,21 @@ def _filled(tensor: torch.Tensor, parts: Sequence[Packed]) -> torch.Tensor:
 
 
 class Output:
-    """What a model answered to a batch, on the processor."""
+    """What a model answered to a batch, on the processor.
 
-    __slots__ = ("_views", "tensor")
+    Args:
+        answer: as a tensor, or as its bytes.
 
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
+    Attributes:
+        shape: of the answer.
+    """
+
+    __slots__ = ("_packed", "_tensor", "_views", "shape")
+
+    def __init__(self, answer: torch.Tensor | Packed) -> None:
+        self._packed = answer if isinstance(answer, Packed) else None
+        self._tensor = None if isinstance(answer, Packed) else answer
+        self.shape: Sequence[int] = answer.shape
         self._views: dict[torch.dtype, memoryview] = {}
 
     def rows(self, first: int, count: int) -> Rows:
@@ -96,11 +105,27 @@ class Output:
         """All of it, whatever its shape."""
         return Rows(self, 0, None)
 
+    def tensor(self) -> torch.Tensor:
+        """As a tensor, the same one each time."""
+        if self._tensor is None:
+            assert self._packed is not None
+            self._tensor = self._packed.tensor()
+        return self._tensor
+
     def view(self, codec: TensorCodec) -> memoryview:
-        """All bytes, for a codec that packs nothing."""
+        """All bytes, for a codec that packs nothing.
+
+        Raises:
+            TypeError: if it is no dense tensor of real numbers.
+        """
         view = self._views.get(codec.dtype)
         if view is None:
-            view = self._views[codec.dtype] = memoryview(codec.view(self.tensor)[0])
+            packed = self._packed
+            if packed is None or packed.dtype is not codec.dtype:
+                view = memoryview(codec.view(self.tensor())[0])
+            else:
+                view = memoryview(packed.data)
+            self._views[codec.dtype] = view
         return view
 
 
@@ -120,7 +145,7 @@ class Rows:
 
     def tensor(self) -> torch.Tensor:
         """As a tensor, which shares the output's memory."""
-        whole = self._output.tensor
+        whole = self._output.tensor()
         return whole if self._count is None else whole.narrow(0, self._first, self._count)
 
     def view(self, codec: TensorCodec) -> tuple[bytes | memoryview, Sequence[int]]:
@@ -129,9 +154,11 @@ class Rows:
         Raises:
             TypeError: if it is no dense tensor of real numbers.
         """
-        if self._count is None or not codec.plain:
+        if not codec.plain:
             return codec.view(self.tensor())
-        view, shape = self._output.view(codec), self._output.tensor.shape
+        view, shape = self._output.view(codec), self._output.shape
+        if self._count is None:
+            return view, shape
         row = len(view) // shape[0]
         return view[self._first * row : (self._first + self._count) * row], (
             self._count,

@@ -6,7 +6,8 @@ can be closed. It decides nothing: whether there is room, when to start and when
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from splitlearn_comm.core import ComputeFunction
+    from splitlearn_comm.core.packed import Output, Packed
     from splitlearn_manager.config.model_config import ModelConfig
     from splitlearn_manager.errors import LoadError
 
@@ -84,6 +86,21 @@ class Loader(Protocol):
             LoadError: or one of its subclasses.
         """
         ...
+
+
+class ComputesRows(ABC):
+    """A compute function that takes the rows of several requests as they came."""
+
+    @abstractmethod
+    def compute_rows(self, parts: Sequence[Packed]) -> Output:
+        """Run the model on all rows of `parts`, in order.
+
+        Args:
+            parts: at least one, of one dtype, and of the same sizes but for dimension 0.
+
+        Raises:
+            ComputeError: as `ComputeFunction.compute` does.
+        """
 
 
 class RunningModel(Protocol):

@@ -1,8 +1,8 @@
 """Messages between the node and its workers: JSON with file descriptors, over a Unix socket.
 
 A message is its length, the number of descriptors that it brings (4 and 2 bytes, little-endian), and a JSON
-object. Descriptors travel with its first byte; what the kernel gives at once may be several messages and the
-descriptors of a later one.
+object, or bytes that do not begin as one (`runtime.forward_message`). Descriptors travel with its first byte;
+what the kernel gives at once may be several messages and the descriptors of a later one.
 JSON, because a worker runs code of a model's author: what it sends is read as data and can name nothing.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import array
 import json
 import os
+import select
 import socket
 import struct
 from collections import deque
@@ -25,7 +26,10 @@ MOST_DESCRIPTORS = 200
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _HEAD = struct.Struct("<IH")
 _MOST_BYTES = 64 * 2**20
-_AT_ONCE = 64 * 2**10
+_AT_ONCE = 16 * 2**10
+_OBJECT = b"{"
+_SPACE = socket.CMSG_LEN(MOST_DESCRIPTORS * array.array("i").itemsize)
+_FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 class Closed(Exception):
@@ -37,8 +41,8 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        self._waits_s: float | None = None
         end.settimeout(None)
+        self._readable: select.poll | None = None
         self._read = bytearray()
         self._descriptors: deque[int] = deque()
 
@@ -56,30 +60,40 @@ class Channel:
         self._socket.close()
         self._drop_descriptors()
 
-    def send(self, message: Message, descriptors: Sequence[int] = ()) -> None:
-        """Raises Closed."""
-        data = _ENCODER.encode(message).encode()
+    def send(self, message: Message | bytes, descriptors: Sequence[int] = ()) -> None:
+        """Bytes must not begin as a JSON object. Raises Closed."""
+        data = message if isinstance(message, bytes) else _ENCODER.encode(message).encode()
         packet = _HEAD.pack(len(data), len(descriptors)) + data
         try:
-            self._wait_at_most(None)
             sent = 0
             if descriptors:
                 sent = socket.send_fds(self._socket, [packet], list(descriptors))
             if sent < len(packet):
-                self._socket.sendall(packet[sent:])
+                self._socket.sendall(packet[sent:] if sent else packet)
         except OSError as error:
             raise Closed from error
 
     def receive(self, timeout_s: float | None = None) -> tuple[Message, list[int]]:
-        """The next message and the descriptors that came with it, which are the caller's to close.
+        """The next message, an object, and the descriptors that came with it, the caller's to close.
 
         Raises:
             Closed: no whole message comes any more.
             TimeoutError: none came in time; what has come of it is kept.
         """
+        message, descriptors = self.receive_any(timeout_s)
+        if isinstance(message, bytes):
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self._drop_descriptors()
+            raise Closed("a message that is no object")
+        return message, descriptors
+
+    def receive_any(self, timeout_s: float | None = None) -> tuple[Message | bytes, list[int]]:
+        """As `receive`, for a message that may be bytes."""
         try:
-            self._wait_at_most(timeout_s)
             while (end := self._whole_bytes()) is None:
+                if timeout_s is not None:
+                    self._wait(timeout_s)
                 self._read += self._some()
             return self._message(end)
         except TimeoutError:
@@ -88,21 +102,19 @@ class Channel:
             self._drop_descriptors()
             raise Closed from error
 
-    def _wait_at_most(self, timeout_s: float | None) -> None:
-        # Another time-out costs a call of the system, which most messages need not make.
-        if timeout_s != self._waits_s:
-            self._socket.settimeout(timeout_s)
-            self._waits_s = timeout_s
+    def _wait(self, timeout_s: float) -> None:
+        if self._readable is None:
+            self._readable = select.poll()
+            self._readable.register(self._socket, select.POLLIN)
+        if not self._readable.poll(timeout_s * 1000):
+            raise TimeoutError
 
     def _some(self) -> bytes:
-        size = array.array("i").itemsize
-        space = socket.CMSG_LEN(MOST_DESCRIPTORS * size)
-        flags = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-        data, ancillary, _, _ = self._socket.recvmsg(_AT_ONCE, space, flags)
+        data, ancillary, _, _ = self._socket.recvmsg(_AT_ONCE, _SPACE, _FLAGS)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 found = array.array("i")
-                found.frombytes(payload[: len(payload) // size * size])
+                found.frombytes(payload[: len(payload) // found.itemsize * found.itemsize])
                 self._descriptors.extend(found)
         if not data:
             raise Closed
@@ -118,14 +130,13 @@ class Channel:
         end: int = _HEAD.size + length
         return end if len(self._read) >= end else None
 
-    def _message(self, end: int) -> tuple[Message, list[int]]:
+    def _message(self, end: int) -> tuple[Message | bytes, list[int]]:
         _, count = _HEAD.unpack_from(self._read)
         if count > len(self._descriptors):
             raise ValueError("a message without its descriptors")
-        message = json.loads(bytes(self._read[_HEAD.size : end]))
+        data = bytes(self._read[_HEAD.size : end])
         del self._read[:end]
-        if not isinstance(message, dict):
-            raise ValueError("a message that is no object")
+        message: Message | bytes = json.loads(data) if data[:1] == _OBJECT else data
         return message, [self._descriptors.popleft() for _ in range(count)]
 
     def _drop_descriptors(self) -> None:

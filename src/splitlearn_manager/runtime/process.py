@@ -13,20 +13,25 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import monotonic
+from typing import TypeVar
 
 import torch
 
-from splitlearn_comm.core.compute_function import ComputeFunction, KeyValues
+from splitlearn_comm.core.compute_function import ComputeFunction, KeyValues, invoke, on_cpu
 from splitlearn_comm.core.deadlines import deadline_s
 from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
+from splitlearn_comm.core.packed import Output, Packed, joined
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, LoadTimeout, ModelUnavailable, WorkerDied
-from splitlearn_manager.runtime.base import Activations, Joining
+from splitlearn_manager.runtime.base import Activations, ComputesRows, Joining
 from splitlearn_manager.runtime.channel import Closed, Message
+from splitlearn_manager.runtime.forward_message import can_be_told
 from splitlearn_manager.runtime.lent_weights import LentWeights
 from splitlearn_manager.runtime.thread import TRAINED
 from splitlearn_manager.runtime.worker_errors import raised_in
-from splitlearn_manager.runtime.workers import Worker, WorkerStarter
+from splitlearn_manager.runtime.workers import Connection, Worker, WorkerStarter
+
+T = TypeVar("T")
 
 _GIVEN_UP_AFTER_S = 1.0
 """So long after load_timeout_s the worker of a load is ended: the manager has given it up by then."""
@@ -190,7 +195,7 @@ class RunningInProcess:
             self._release()
 
 
-class InWorker(ComputeFunction):
+class InWorker(ComputeFunction, ComputesRows):
     """The model of a worker, as a compute function: the same arguments, answers and errors.
 
     `trained` tells whether a step has ended what stood in for the module there. With `takes_turns`, one
@@ -247,6 +252,21 @@ class InWorker(ComputeFunction):
         """As `ModelComputeFunction.get_info`."""
         return dict(self.ask({"op": "info"})[0]["info"])
 
+    def compute_rows(self, parts: Sequence[Packed]) -> Output:
+        """As `ComputesRows.compute_rows`: the requests' bytes are copied once, to where the worker reads."""
+        first, pieces = parts[0], [part.data for part in parts]
+        rows = first.rows if len(parts) == 1 else sum(part.rows for part in parts)
+        shape = (rows, *first.shape[1:]) if first.shape else ()
+        # Other bytes than 0 and 1 are no bools yet.
+        if first.dtype is torch.bool or not can_be_told(first.dtype, shape) or not any(pieces):
+            return Output(on_cpu(invoke(self, joined(parts)).output))
+        _, answers = self._called(
+            lambda connection, timeout_s: connection.forward(
+                pieces, first.dtype, shape, turn=self.takes_turns, timeout_s=timeout_s
+            )
+        )
+        return Output(answers[0])
+
     def ask(
         self, message: Message, tensors: Sequence[torch.Tensor] = ()
     ) -> tuple[Message, list[torch.Tensor]]:
@@ -256,11 +276,22 @@ class InWorker(ComputeFunction):
             ComputeError: as the model's own function would; ComputeFailed (reason `WorkerDied`) if the
                 process ends meanwhile, DeadlinePassed if it had to be ended for it.
         """
+
+        def ask(
+            connection: Connection, timeout_s: float | None
+        ) -> tuple[Message, list[torch.Tensor]]:
+            connection.call(message, tensors)
+            return connection.answer(timeout_s)[:2]
+
+        return self._called(ask)
+
+    def _called(
+        self, ask: Callable[[Connection, float | None], tuple[Message, T]]
+    ) -> tuple[Message, T]:
         begun_s = monotonic()
         try:
             with self._worker.connection() as connection:
-                connection.call(message, tensors)
-                answer, results, _ = connection.answer(self._patience_s(begun_s))
+                answer, results = ask(connection, self._patience_s(begun_s))
         except TimeoutError:
             self._worker.kill()
             raise DeadlinePassed(

@@ -14,7 +14,7 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -56,13 +56,34 @@ class Area:
         dtype = getattr(torch, str(name), None)
         if not isinstance(dtype, torch.dtype) or not all(isinstance(n, int) for n in shape):
             raise ValueError(f"no place of a tensor: {place}")
-        count = math.prod(shape)
-        if count < 0 or offset < 0 or offset + count * dtype.itemsize > self.size:
-            raise ValueError(f"a tensor outside of its area: {place}")
+        return self.part(dtype, shape, offset)
+
+    def part(self, dtype: torch.dtype, shape: Sequence[int], offset: int = 0) -> torch.Tensor:
+        """As `tensor`."""
+        count = self._values(dtype, shape, offset)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
         return flat.view(shape)
+
+    def read(self, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+        """A copy of the bytes of a tensor at the beginning. Raises ValueError as `tensor` does."""
+        return self._memory[: self._values(dtype, shape) * dtype.itemsize]
+
+    def _values(self, dtype: torch.dtype, shape: Sequence[int], offset: int = 0) -> int:
+        """How many values a tensor has that lies in this area."""
+        count = math.prod(shape)
+        if min(shape, default=0) < 0 or offset < 0 or offset + count * dtype.itemsize > self.size:
+            raise ValueError(f"a tensor outside of its area: {dtype}, {[*shape]}, {offset}")
+        return count
+
+    def fill(self, pieces: Iterable[bytes | memoryview]) -> None:
+        """Copy bytes from the beginning on, one piece behind the other; they fit."""
+        at = 0
+        for piece in pieces:
+            end = at + len(piece)
+            self._memory[at:end] = piece
+            at = end
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's memory is this area's."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from time import monotonic
-from typing import TYPE_CHECKING, ParamSpec, TypeAlias
+from typing import ParamSpec, TypeAlias
 
 from splitlearn_comm.core.compute_function import invoke, on_cpu
 from splitlearn_comm.core.deadlines import working_for
@@ -26,10 +26,8 @@ from splitlearn_comm.core.out_of_memory import telling_out_of_memory
 from splitlearn_comm.core.packed import Output, Rows, joined
 from splitlearn_comm.server.statuses import from_model_error, status_of
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.runtime.base import ComputesRows
 from splitlearn_manager.server.queues import Queue, Waiting
-
-if TYPE_CHECKING:
-    import torch
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -74,8 +72,8 @@ class BatchRunner:
             return self._after_failure(queue, batch, error)
         computed_ms = (self._clock() - began_s) * 1000
         if alone:
-            return [(batch[0], Output(output).whole(), computed_ms)]
-        if output.dim() == 0 or output.shape[0] != rows:
+            return [(batch[0], output.whole(), computed_ms)]
+        if not output.shape or output.shape[0] != rows:
             log.warning(
                 "model_id=%s joins=no: it answered %d rows with an output of shape %s",
                 instance.model_id,
@@ -84,9 +82,9 @@ class BatchRunner:
             )
             queue.joins = False
             return self._one_by_one(queue, batch)
-        whole, at, answered = Output(output), 0, []
+        at, answered = 0, []
         for waiting in batch:
-            answered.append((waiting, whole.rows(at, waiting.rows), computed_ms))
+            answered.append((waiting, output.rows(at, waiting.rows), computed_ms))
             at += waiting.rows
         return answered
 
@@ -110,7 +108,7 @@ class BatchRunner:
         return [answer for waiting in batch for answer in self.run(queue, [waiting])]
 
 
-def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> torch.Tensor:
+def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> Output:
     running = instance.running
     if running is None:
         raise NotReady(f"model {instance.model_id!r} is being unloaded")
@@ -119,8 +117,11 @@ def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> torc
     shape = (rows, *batch[0].packed.shape[1:])
     with working_for(remaining_s), telling_out_of_memory(instance.model_id, shape):
         function = running.compute_function
-        tensor = joined([waiting.packed for waiting in batch], pinned=function.overlaps)
-        return on_cpu(invoke(function, tensor).output)
+        parts = [waiting.packed for waiting in batch]
+        if isinstance(function, ComputesRows):
+            return function.compute_rows(parts)
+        tensor = joined(parts, pinned=function.overlaps)
+        return Output(on_cpu(invoke(function, tensor).output))
 
 
 def _until_s(batch: Sequence[Waiting]) -> float | None:

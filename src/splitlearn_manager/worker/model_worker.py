@@ -28,11 +28,15 @@ from splitlearn_manager.core.loaders.sharing import RESIDENT
 from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.runtime.channel import Channel, Closed, Message
+from splitlearn_manager.runtime.forward_message import can_be_told, read, written
 from splitlearn_manager.runtime.shared_area import Area, bytes_for
 from splitlearn_manager.runtime.system_memory import keep_for_the_next_batch
 from splitlearn_manager.runtime.thread import TRAINED, RunningInThreads, ThreadRuntime
 from splitlearn_manager.runtime.worker_errors import as_message
 from splitlearn_manager.worker.lending import Borrowed, Lent
+
+_AT_ONCE: Message = {"op": "compute", "past": False, "use_cache": False, "turn": False}
+_IN_TURN: Message = {**_AT_ONCE, "turn": True}
 
 Answer = tuple[Message, Sequence[torch.Tensor], Sequence[int]]
 
@@ -50,39 +54,72 @@ def work(control: socket.socket) -> None:
             sys.stderr.flush()
             os._exit(0)
         for descriptor in descriptors:
-            connection = Channel(socket.socket(fileno=descriptor))
-            threading.Thread(target=_serve, args=(connection, worker), daemon=True).start()
+            connected = Channel(socket.socket(fileno=descriptor))
+            threading.Thread(target=_serve, args=(connected, worker), daemon=True).start()
 
 
-def _serve(connection: Channel, worker: Worker) -> None:
-    area: Area | None = None
+def _serve(channel: Channel, worker: Worker) -> None:
+    connection = _Connection(channel)
     while True:
         try:
-            message, descriptors = connection.receive()
+            message, tensors, descriptors = connection.receive()
+            answer, results, lent = worker.answer(message, tensors, descriptors)
+            del tensors
+            connection.send(answer, results, lent)
+            del results
         except Closed:
             return
-        if message.get("area"):
-            if area is not None:
-                area.close()
-            area = Area(descriptors.pop(0))
+
+
+class _Connection:
+    """A connection of the node's, and the memory that it has in common with this thread."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._area: Area | None = None
+        self._briefly = False
+
+    def receive(self) -> tuple[Message, list[torch.Tensor], list[int]]:
+        """The next call: its tensors lie in the area, until the answer is sent. Raises Closed."""
+        message, descriptors = self._channel.receive_any()
+        if isinstance(message, bytes):
+            self._briefly, told = True, read(message)
+            area = self._take_over(descriptors) if told.brings_area else self._area
+            assert area is not None
+            return _IN_TURN if told.turn else _AT_ONCE, [area.part(told.dtype, told.shape)], []
+        self._briefly = False
+        area = self._take_over(descriptors) if message["area"] else self._area
         tensors = [area.tensor(place) for place in message["tensors"]] if area is not None else []
-        answer, results, lent = worker.answer(message, tensors, descriptors)
-        del tensors
-        results = [r.clone() if area is not None and area.holds(r) else r for r in results]
-        handed_over: list[int] = []
-        if results:
-            if area is None or bytes_for(results) > area.size:
-                area = Area.of_size(bytes_for(results))
-                answer["area"] = True
-                handed_over.append(area.descriptor)
-            answer["tensors"] = area.write(results)
-        del results
-        try:
-            connection.send(answer, (*handed_over, *lent))
-        except Closed:
+        return message, tensors, descriptors
+
+    def send(self, answer: Message, results: Sequence[torch.Tensor], lent: Sequence[int]) -> None:
+        """The answer to the last call, in its form if that goes. Raises Closed."""
+        if not results:
+            self._channel.send(answer, lent)
             return
-        if handed_over and area is not None:
+        area, size = self._area, bytes_for(results)
+        if area is not None:
+            results = [r.clone() if area.holds(r) else r for r in results]
+        brought = area is None or size > area.size
+        if area is None or brought:
+            area = self._area = Area.of_size(size)
+        reply: Message | bytes
+        first = results[0]
+        if self._briefly and can_be_told(first.dtype, first.shape):
+            shape = tuple(first.shape)
+            area.part(first.dtype, shape).copy_(first)
+            reply = written(first.dtype, shape, brings_area=brought)
+        else:
+            reply = {**answer, "area": brought, "tensors": area.write(results)}
+        self._channel.send(reply, (area.descriptor, *lent) if brought else lent)
+        if brought:
             area.close()
+
+    def _take_over(self, descriptors: list[int]) -> Area:
+        if self._area is not None:
+            self._area.close()
+        self._area = Area(descriptors.pop(0))
+        return self._area
 
 
 class Worker:

@@ -60,8 +60,20 @@ class Connection:
 
     def call(self, path: str, message: bytes) -> bytes:
         """A unary call. Raises Refused."""
+        self.ask(path, message)
+        return self.answer()
+
+    def fileno(self) -> int:
+        """For `selectors`."""
+        return self._socket.fileno()
+
+    def ask(self, path: str, message: bytes) -> None:
+        """Begin a unary call; `answer` ends it."""
         self.begin(path)
         self.send(message, last=True)
+
+    def answer(self) -> bytes:
+        """Wait for the answer to a unary call. Raises Refused."""
         answer = self.receive()
         while self._trailers is None:
             self._take_frame()

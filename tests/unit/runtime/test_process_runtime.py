@@ -19,6 +19,7 @@ from torch import nn
 from splitlearn_comm.core import InvalidRequest
 from splitlearn_comm.core.deadlines import working_for
 from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed, OutOfMemory, UnknownTarget
+from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.errors import (
     InvalidModel,
@@ -30,7 +31,7 @@ from splitlearn_manager.errors import (
     WeightsNotFound,
     WorkerDied,
 )
-from splitlearn_manager.runtime.base import Joining
+from splitlearn_manager.runtime.base import ComputesRows, Joining
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.thread import ThreadRuntime
 from splitlearn_manager.runtime.workers import WorkerStarter
@@ -163,6 +164,51 @@ def test_tensors_of_all_sizes_come_back_as_they_are(
     answer = echo.compute_function.compute(x)
     assert isinstance(answer, torch.Tensor)
     assert torch.equal(answer, torch.cat([x, x]) if len(x.shape) else x)
+
+
+@given(
+    dtype=st.sampled_from((torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float64)),
+    sizes=st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    trailing=st.sampled_from(((), (1,), (0,), (3, 2), (70_000,))),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_rows_of_several_requests_are_computed_as_one_tensor(
+    dtype: torch.dtype,
+    sizes: list[int],
+    trailing: tuple[int, ...],
+    seed: int,
+    echo: RunningInProcess,
+) -> None:
+    """Seen to fail with each request's bytes written from the area's beginning on."""
+    torch.manual_seed(seed)
+    tensors = [torch.randint(0, 2, (size, *trailing)).to(dtype) for size in sizes]
+    parts = [
+        Packed(t.contiguous().view(-1).view(torch.uint8).numpy().tobytes(), tuple(t.shape), dtype)
+        for t in tensors
+    ]
+    function = echo.compute_function
+    assert isinstance(function, ComputesRows)
+    whole = torch.cat(tensors)
+    answer, expected = function.compute_rows(parts).tensor(), function.compute(whole)
+    assert isinstance(expected, torch.Tensor)
+    assert answer.dtype is expected.dtype
+    assert torch.equal(answer, expected)
+    assert torch.equal(answer.to(dtype), torch.cat([whole, whole]))
+
+
+def test_a_scalar_and_bytes_that_are_no_bools(echo: RunningInProcess, code: Path) -> None:
+    function = echo.compute_function
+    assert isinstance(function, ComputesRows)
+    raw = Packed(bytes([0, 1, 2, 255]), (4,), torch.bool)
+    assert function.compute_rows([raw]).tensor().tolist() == [False, True, True, True] * 2
+    torch.save(nn.Identity(), code / "i.pt")
+    running = RUNTIME.start(model_config("i.pt").with_base_dir(code), "cpu")
+    same = running.compute_function
+    assert isinstance(same, ComputesRows)
+    scalar = Packed(torch.tensor(2.5).numpy().tobytes(), (), torch.float32)
+    assert torch.equal(same.compute_rows([scalar]).tensor(), torch.tensor(2.5))
+    running.close()
 
 
 @pytest.fixture(scope="module")
