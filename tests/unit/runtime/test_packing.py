@@ -42,7 +42,10 @@ def same(module: nn.Module, x: torch.Tensor) -> list[str]:
     form = packed(module, x)
     assert form is not None
     with torch.inference_mode():
-        assert torch.allclose(form(x), module(x), atol=1e-5, rtol=1e-5)
+        answer, expected = form(x), module(x)
+    # Small values may be sums of large ones, so that the largest says how exact they can be.
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(answer, expected, atol=max(1e-5, 2e-6 * largest), rtol=1e-5)
     return names(form)
 
 
