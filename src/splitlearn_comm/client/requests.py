@@ -62,7 +62,7 @@ class RequestStream:
             self._numbers += 1
             number = self._numbers
         rest = compute_pb2.StreamedRequest(id=number, timeout_s=timeout_s).SerializeToString()
-        asked = Asked(frames.enclose(request, rest), number, call)
+        asked = Asked(b"".join(frames.enclosed(request, rest)), number, call)
         with self._lock:
             if not self._has_streams:
                 self._alone(asked)

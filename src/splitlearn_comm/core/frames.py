@@ -71,9 +71,9 @@ def write(data: Bytes, *rest: bytes) -> bytes:
     return b"".join(parts(data, *rest))
 
 
-def enclose(message: tuple[Bytes, ...], *rest: bytes) -> bytes:
-    """A message with another one, given in parts, in field 1."""
-    return b"".join((_data_tag(sum(map(len, message))), *message, *rest))
+def enclosed(message: tuple[Bytes, ...], *rest: bytes) -> tuple[Bytes, ...]:
+    """What a message with another one, given in parts, in field 1 consists of."""
+    return _data_tag(sum(map(len, message))), *message, *rest
 
 
 def nested(number: int, message: bytes) -> bytes:

@@ -69,8 +69,8 @@ class Wire(Protocol):
         """Who calls, see `Call`."""
         ...
 
-    def write(self, frame: bytes) -> None:
-        """Send a message, after those that were written before; from any thread."""
+    def write(self, *frame: Bytes) -> None:
+        """Send a message, given as for `Call.send`, after those that were written before; from any thread."""
         ...
 
     def read_on(self) -> None:

@@ -151,8 +151,8 @@ class TakenOverStream:
     def peer(self) -> str:
         return self._wire.peer()
 
-    def write(self, frame: bytes) -> None:
-        self._wire.write(frame)
+    def write(self, *frame: Bytes) -> None:
+        self._wire.write(*frame)
 
     def read_on(self) -> None:
         self._wire.read_on()

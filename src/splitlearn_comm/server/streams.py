@@ -128,15 +128,15 @@ class RequestStream:
         """End once what was asked is answered."""
         self._end(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
-    def answer(self, call: StreamedCall, frame: bytes | None) -> None:
+    def answer(self, call: StreamedCall, *frame: Bytes) -> None:
         """A request is over; without a frame it was withdrawn."""
         with self._lock:
             if self._calls.get(call.number) is call:
                 del self._calls[call.number]
         if call.counted:
             self.pool.leave()
-        if frame is not None:
-            self.wire.write(frame)
+        if frame:
+            self.wire.write(*frame)
         else:
             self._let_go()
 
@@ -193,7 +193,7 @@ class StreamedCall:
         self._version = version
 
     def send(self, *response: Bytes) -> None:
-        self._answer(frames.enclose(response, self._id()))
+        self._answer(*frames.enclosed(response, self._id()))
 
     def refuse(self, status: grpc.StatusCode, details: str) -> None:
         refusal = compute_pb2.Refusal(code=status.value[0], message=details)
@@ -218,8 +218,8 @@ class StreamedCall:
         except RuntimeError:
             self.refuse(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
-    def _answer(self, frame: bytes) -> None:
-        self._stream.answer(self, None if self._withdrawn else frame)
+    def _answer(self, *frame: Bytes) -> None:
+        self._stream.answer(self, *(() if self._withdrawn else frame))
 
     def _id(self) -> bytes:
         told = compute_pb2.StreamedResponse(id=self.number, version=self._version)
@@ -269,8 +269,8 @@ class _QueuedWire:
     def peer(self) -> str:
         return str(self._context.peer())
 
-    def write(self, frame: bytes) -> None:
-        self._out.put(frame)
+    def write(self, *frame: Bytes) -> None:
+        self._out.put(b"".join(frame))
 
     def read_on(self) -> None:
         self._may_read.release()
