@@ -17,10 +17,13 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 _ALIGNMENT = 64
 _SMALLEST = 256 * 2**10
+_LARGE = 256 * 2**10
+"""Numpy copies that much, and lets the interpreter's other threads go on meanwhile."""
 
 Place = list[Any]
 """[dtype, shape, offset in bytes] of a tensor, as JSON has it."""
@@ -66,9 +69,13 @@ class Area:
         flat = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=offset)
         return flat.view(shape)
 
-    def read(self, dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    def read(self, dtype: torch.dtype, shape: Sequence[int]) -> bytes | memoryview:
         """A copy of the bytes of a tensor at the beginning. Raises ValueError as `tensor` does."""
-        return self._memory[: self._values(dtype, shape) * dtype.itemsize]
+        size = self._values(dtype, shape) * dtype.itemsize
+        return self._memory[:size] if size < _LARGE else self._bytes(size).copy().data
+
+    def _bytes(self, size: int, offset: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.frombuffer(self._memory, np.uint8, size, offset)
 
     def _values(self, dtype: torch.dtype, shape: Sequence[int], offset: int = 0) -> int:
         """How many values a tensor has that lies in this area."""
@@ -82,7 +89,10 @@ class Area:
         at = 0
         for piece in pieces:
             end = at + len(piece)
-            self._memory[at:end] = piece
+            if end - at < _LARGE:
+                self._memory[at:end] = piece
+            else:
+                np.copyto(self._bytes(end - at, at), np.frombuffer(piece, np.uint8))
             at = end
 
     def holds(self, tensor: torch.Tensor) -> bool:
