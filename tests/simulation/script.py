@@ -319,7 +319,7 @@ KINDS: dict[str, Kind] = {
         lambda d: (d.rng.choice((0, 1, 2, 4, 7)), *_two_files(d)),
     ),
     "chase": Kind(
-        1,
+        3,
         "in each of the next {2} scans, {3} calls after it began, {0} becomes {1}, or the reverse",
         lambda d: (*_two_files(d), d.rng.choice((3, 8)), d.rng.choice((1, 1, 2, 3))),
         fault=True,
