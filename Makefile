@@ -41,9 +41,10 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	$(BIN)/python -m splitlearn_manager.reconcile desired/
 
-# Two processes share the files of tests; those that look at a GPU's memory have it for themselves.
+# Two processes share the files of tests, in their order: those that take longest come first. Those that look at
+# a GPU's memory have it for themselves.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/gpu
 	$(BIN)/python -m pytest tests/gpu
 
 check: $(READY)
