@@ -87,12 +87,13 @@ class Pausing(nn.Module):
         st.lists(st.sampled_from((0, 1, 5, 9)), min_size=1, max_size=5), min_size=1, max_size=2
     ),
     joins=st.booleans(),
+    overlaps=st.booleans(),
     at_a_time=st.integers(1, 3),
     threads=st.integers(1, 2),
 )
 @settings(max_examples=25, deadline=None)
 def test_requests_that_come_while_others_run_need_no_later_ones_to_be_answered(
-    pauses: list[list[int]], joins: bool, at_a_time: int, threads: int
+    pauses: list[list[int]], joins: bool, overlaps: bool, at_a_time: int, threads: int
 ) -> None:
     """Whoever runs a batch, and whoever polls by then: no request waits until something else arrives.
 
@@ -115,6 +116,8 @@ def test_requests_that_come_while_others_run_need_no_later_ones_to_be_answered(
         instance_of(Pausing(each, send), f"m{number}", joins=joins, batch_size=2)
         for number, each in enumerate(pauses)
     ]
+    for instance in instances:
+        instance.running.overlaps = overlaps  # type: ignore[union-attr, misc]
 
     def look(wait: bool) -> bool | None:
         try:
