@@ -28,8 +28,9 @@ from splitlearn_manager.runtime.channel import Closed, Message
 from splitlearn_manager.runtime.forward_message import can_be_told
 from splitlearn_manager.runtime.lent_weights import LentWeights
 from splitlearn_manager.runtime.thread import TRAINED
+from splitlearn_manager.runtime.worker_connection import Connection
 from splitlearn_manager.runtime.worker_errors import raised_in
-from splitlearn_manager.runtime.workers import Connection, Worker, WorkerStarter
+from splitlearn_manager.runtime.workers import Worker, WorkerStarter
 
 T = TypeVar("T")
 
@@ -303,6 +304,14 @@ class InWorker(ComputeFunction, ComputesRows):
             why = self._worker.why_ended() or "it has been unloaded"
             raise ComputeFailed(
                 f"model {self._model_id!r}: its worker process died while it computed: {why}",
+                "WorkerDied",
+            ) from None
+        except ValueError as garbled:
+            # What such a process says next would be taken for the answer to something else.
+            self._worker.kill()
+            raise ComputeFailed(
+                f"model {self._model_id!r}: its worker process has sent what is no answer, and has been "
+                f"ended: {garbled}",
                 "WorkerDied",
             ) from None
         if (error := answer.get("error")) is not None:

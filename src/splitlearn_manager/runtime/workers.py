@@ -20,14 +20,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
-import torch
-
-from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.errors import WorkerDied
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.runtime.channel import Channel, Closed, Message, pair
-from splitlearn_manager.runtime.forward_message import read, written
-from splitlearn_manager.runtime.shared_area import Area, bytes_for
+from splitlearn_manager.runtime.channel import Channel, Closed, pair
+from splitlearn_manager.runtime.worker_connection import Connection
 
 log = logging.getLogger(__name__)
 
@@ -36,102 +32,6 @@ _STARTS_WITHIN_S = 120.0
 
 _ENDS_WITHIN_S = 10.0
 _MOST_OF_A_LINE = 4000
-
-
-class Connection:
-    """A way to one thread of a worker, for one call at a time."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._area: Area | None = None
-
-    def call(
-        self,
-        message: Message,
-        tensors: Sequence[torch.Tensor] = (),
-        *,
-        descriptors: Sequence[int] = (),
-    ) -> None:
-        """Send a call; `answer` gives what comes of it. Raises Closed."""
-        area, brought = self._area_for(bytes_for(tensors)) if tensors else (self._area, ())
-        places = area.write(tensors) if area is not None else []
-        message = {**message, "tensors": places, "area": bool(brought)}
-        self._send(message, brought, descriptors)
-
-    def answer(
-        self, timeout_s: float | None = None
-    ) -> tuple[Message, list[torch.Tensor], list[int]]:
-        """The answer to the last call: its tensors have memory of their own.
-
-        Raises Closed, or TimeoutError; it can be asked for again then.
-        """
-        return self._read(*self._channel.receive(timeout_s))
-
-    def forward(
-        self,
-        pieces: Sequence[bytes | memoryview],
-        dtype: torch.dtype,
-        shape: tuple[int, ...],
-        *,
-        turn: bool,
-        timeout_s: float | None,
-    ) -> tuple[Message, Sequence[torch.Tensor | Packed]]:
-        """Call a forward of one tensor, given as bytes, and wait for its answer.
-
-        That is one tensor's bytes, or as `answer` gives it.
-
-        Args:
-            pieces: the tensor's bytes, at least one; `can_be_told` has said yes to its dtype and shape.
-            turn: one such forward at a time.
-
-        Raises:
-            Closed: or TimeoutError.
-        """
-        area, brought = self._area_for(sum(len(piece) for piece in pieces))
-        area.fill(pieces)
-        self._send(written(dtype, shape, brings_area=bool(brought), turn=turn), brought)
-        message, descriptors = self._channel.receive_any(timeout_s)
-        if not isinstance(message, bytes):
-            return self._read(message, descriptors)[:2]
-        try:
-            told = read(message)
-            area = self._take_over(descriptors) if told.brings_area else area
-            return {}, [Packed(area.read(told.dtype, told.shape), told.shape, told.dtype)]
-        except (ValueError, IndexError) as error:
-            raise Closed from error
-
-    def _area_for(self, size: int) -> tuple[Area, tuple[int, ...]]:
-        """One that holds so many bytes, and its descriptor if it is a new one."""
-        if self._area is not None and size <= self._area.size:
-            return self._area, ()
-        self._area = Area.of_size(size)
-        return self._area, (self._area.descriptor,)
-
-    def _send(
-        self, message: Message | bytes, brought: tuple[int, ...], descriptors: Sequence[int] = ()
-    ) -> None:
-        try:
-            self._channel.send(message, (*brought, *descriptors))
-        finally:
-            if brought and self._area is not None:
-                self._area.close()
-
-    def _read(
-        self, message: Message, descriptors: list[int]
-    ) -> tuple[Message, list[torch.Tensor], list[int]]:
-        area = self._take_over(descriptors) if message.get("area") else self._area
-        places = message.get("tensors", ())
-        tensors = [area.tensor(place).clone() for place in places] if area is not None else []
-        return message, tensors, descriptors
-
-    def _take_over(self, descriptors: list[int]) -> Area:
-        self._area = Area(descriptors.pop(0))
-        self._area.close()
-        return self._area
-
-    def close(self) -> None:
-        """Nothing is called any more."""
-        self._channel.close()
 
 
 class Worker:

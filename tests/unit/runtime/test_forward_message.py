@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from threading import Thread
 
 import pytest
@@ -10,10 +11,13 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from splitlearn_manager.runtime.channel import Channel, Closed, pair
+from splitlearn_comm.core.errors import ComputeFailed
+from splitlearn_comm.core.packed import Packed
+from splitlearn_manager.runtime.channel import Channel, pair
 from splitlearn_manager.runtime.forward_message import DTYPES, can_be_told, read, written
+from splitlearn_manager.runtime.process import InWorker
 from splitlearn_manager.runtime.shared_area import Area
-from splitlearn_manager.runtime.workers import Connection
+from splitlearn_manager.runtime.worker_connection import Connection
 
 
 @given(
@@ -70,9 +74,18 @@ def test_what_has_no_message() -> None:
         "an area that is not there",
     ],
 )
-def test_an_answer_that_is_none_ends_the_connection(answer: bytes) -> None:
+def test_an_answer_that_is_none_ends_the_worker(answer: bytes) -> None:
     """A worker runs a stranger's code: what it says is checked before memory is read by it."""
     ours, other = pair()
+    killed = []
+
+    class Liar:
+        def connection(self) -> AbstractContextManager[Connection]:
+            return nullcontext(Connection(ours))
+
+        def kill(self) -> None:
+            killed.append(True)
+
     theirs = Channel(other)
 
     def lie() -> None:
@@ -83,11 +96,15 @@ def test_an_answer_that_is_none_ends_the_connection(answer: bytes) -> None:
 
     liar = Thread(target=lie)
     liar.start()
-    connection = Connection(ours)
-    with pytest.raises(Closed):
-        connection.forward([bytes(16)], torch.float32, (4,), turn=False, timeout_s=10)
+    function = InWorker(Liar(), "m")  # type: ignore[arg-type]
+    with pytest.raises(
+        ComputeFailed, match="'m': its worker process has sent what is no answer"
+    ) as told:
+        function.compute_rows([Packed(bytes(16), (4,), torch.float32)])
+    assert told.value.reason == "WorkerDied"
+    assert killed
     liar.join()
-    connection.close()
+    ours.close()
     theirs.close()
 
 
