@@ -255,7 +255,7 @@ class Outgoing:
         while self._waiting and not self._backlog and not self._closed:
             moved = False
             for lane in tuple(self._waiting.values()):
-                if self._backlog:
+                if self._backlog or self._closed:
                     break
                 size = min(self._window, lane.window, _AT_ONCE)
                 content: list[Bytes] = []
