@@ -334,13 +334,12 @@ class Connection:
             self.outgoing.control(frames.reset(number, frames.REFUSED_STREAM))
             return
         self._last = number
-        stream = StreamOfCall(self, number, head, self._initial)
         if head.fault:
             tail = headers.trailers(grpc.StatusCode.INTERNAL, head.fault)
             begin = headers.no_call_head(head.http_status)
-            stop = not flags & frames.END_STREAM
-            self.outgoing.send(stream.lane, None, tail, begin, stop=stop)
+            self.outgoing.turn_away(number, begin, tail, stop=not flags & frames.END_STREAM)
             return
+        stream = StreamOfCall(self, number, head, self._initial)
         stream.is_ending = bool(flags & frames.END_STREAM)
         self.streams[number] = stream
         self._host.begin(stream)

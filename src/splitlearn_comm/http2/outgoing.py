@@ -25,7 +25,8 @@ _AT_ONCE = 1 << 20
 _COPIED_AT_MOST = 1 << 16
 """Of a message of several frames."""
 _MOST_CONTROL_BYTES = 1 << 20
-"""Of answers to pings and settings that wait; a caller who does not read them is not kept."""
+"""Of answers to pings and settings that wait, and of refusals of what does not count as a call; a caller who
+does not read them is not kept."""
 _LARGEST_FRAME = 1 << 20
 _LAST_HEADERS = frames.END_HEADERS | frames.END_STREAM
 
@@ -117,9 +118,7 @@ class Outgoing:
                     first = frames.frame(frames.HEADERS, frames.END_HEADERS, lane.number, head)
                 lane.began = True
             if tail:
-                last = frames.frame(frames.HEADERS, _LAST_HEADERS, lane.number, tail)
-                if stop:
-                    last += frames.reset(lane.number, frames.NO_ERROR)
+                last = _last(lane.number, tail, stop=stop)
             content: Sequence[Bytes] = ()
             size = 0
             if parts is not None:
@@ -151,6 +150,11 @@ class Outgoing:
         with self._lock:
             self._control(data)
 
+    def turn_away(self, number: int, head: bytes, tail: bytes, *, stop: bool) -> None:
+        """Answer a call, of which nothing is kept from then on, with these blocks of headers alone."""
+        with self._lock:
+            self._control(_last(number, head + tail, stop=stop))
+
     def drop(self, lane: Lane, code: int | None = None) -> None:
         """Send nothing more of a call; with a code, tell the other end."""
         with self._lock:
@@ -159,7 +163,8 @@ class Outgoing:
             lane.tail = b""
             self._waiting.pop(lane.number, None)
             if code is not None:
-                self._write_or_queue(frames.reset(lane.number, code))
+                # Nothing else counts what is left of a call that is over.
+                self._control(frames.reset(lane.number, code))
 
     @property
     def is_empty(self) -> bool:
@@ -341,6 +346,12 @@ class Outgoing:
 
 def _nothing() -> None:
     pass
+
+
+def _last(number: int, block: bytes, *, stop: bool) -> bytes:
+    """The frames that end a call."""
+    last = frames.frame(frames.HEADERS, _LAST_HEADERS, number, block)
+    return last + frames.reset(number, frames.NO_ERROR) if stop else last
 
 
 def _copied(parts: Sequence[Bytes], begin: int) -> memoryview:

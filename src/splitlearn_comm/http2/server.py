@@ -160,7 +160,8 @@ class Server(grpc.Server):
             too_many = self._calls > self._max_calls
         if too_many:
             text = f"the server has {self._max_calls} calls under way, its limit; try again later"
-            stream.finish(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            # It must not count until its caller reads that: so many there may not be.
+            stream.turn_away(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
             return
         try:
             handler = self._handler(stream)

@@ -165,6 +165,13 @@ class StreamOfCall:
         tail = headers.trailers(status, details, self.trailing)
         self.connection.outgoing.send(self.lane, None, tail, stop=not self.is_ending)
 
+    def turn_away(self, status: grpc.StatusCode, details: str) -> None:
+        """End a call that nothing was made of, whether its caller takes that or not."""
+        stop, tail = not self.is_ending, headers.trailers(status, details)
+        outgoing = self.connection.outgoing
+        outgoing.turn_away(self.lane.number, headers.answer_head(), tail, stop=stop)
+        self.end()
+
     def read_on(self) -> None:
         """Go on handing messages over."""
         self.connection.soon(self.resume)

@@ -603,6 +603,38 @@ def test_a_caller_that_never_reads_what_it_asks_for_is_not_kept(shared: Lab) -> 
                 caller.sendall(pings)
 
 
+def no_post(number: int) -> bytes:
+    """What is no call."""
+    return head(1, frames.HEADERS, 5, number) + b"\x82"
+
+
+def refused(number: int) -> bytes:
+    """A call that is refused."""
+    block = b"\x83" + b"".join(
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+        for name, value in ((b":path", b"/test/Full"), (b"content-type", b"application/grpc"))
+    )
+    return head(len(block), frames.HEADERS, 4, number) + block
+
+
+def broken_off(number: int) -> bytes:
+    """A call with data behind its end."""
+    data = head(1, frames.DATA, 1, number) + b"\x00"
+    return refused(number).replace(b"/test/Full", b"/test/Echo") + data + data
+
+
+@pytest.mark.parametrize("call", [no_post, refused, broken_off])
+def test_a_caller_that_never_reads_how_its_calls_end_is_not_kept(lab: Lab, call: Any) -> None:
+    """Beyond the most calls there may be, none counts: what they are answered would fill the memory."""
+    with socket.create_connection(("127.0.0.1", lab.port), PATIENCE_S) as caller:
+        caller.sendall(frames.PREFACE)
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            for begin in range(1, 2_000_000, 20_000):
+                caller.sendall(b"".join(call(n) for n in range(begin, begin + 20_000, 2)))
+    eventually(lambda: lab.server._calls == 0, "all are over")
+    assert lab.unary("Twice", b"x") == b"xx"
+
+
 def test_calls_that_have_ended_are_freed_without_a_collector(lab: Lab) -> None:
     """What a call consists of must not keep itself: memory grew between two runs of the collector."""
 
