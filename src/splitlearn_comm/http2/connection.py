@@ -98,7 +98,6 @@ class Connection:
         self._last = 0
         self._leaving = False
         self._closed = False
-        self._initial = frames.FIRST_WINDOW
         self._took = 0
         # Of the frame of data that is arriving: its stream, what it lacks, the padding behind it, its flags.
         self._stream: StreamOfCall | None = None
@@ -123,6 +122,7 @@ class Connection:
                 size = self.socket.recv_into(scratch[begin:])
                 if size:
                     self._parse(scratch[: begin + size])
+                    self.outgoing.go_on()
         except BlockingIOError:
             return
         except ConnectionFault as fault:
@@ -339,7 +339,7 @@ class Connection:
             begin = headers.no_call_head(head.http_status)
             self.outgoing.turn_away(number, begin, tail, stop=not flags & frames.END_STREAM)
             return
-        stream = StreamOfCall(self, number, head, self._initial)
+        stream = StreamOfCall(self, number, head)
         stream.is_ending = bool(flags & frames.END_STREAM)
         self.streams[number] = stream
         self._host.begin(stream)
@@ -360,7 +360,8 @@ class Connection:
             raise ConnectionFault(frames.FRAME_SIZE_ERROR, "settings of another size")
         if flags & frames.ACK:
             return
-        window, frame_size = self._initial, None
+        window: int | None = None
+        frame_size: int | None = None
         for at in range(0, len(payload), frames.SETTING_BYTES):
             name, value = frames.setting_at(payload, at)
             if name == frames.INITIAL_WINDOW:
@@ -371,9 +372,7 @@ class Connection:
                 if not frames.LEAST_MAX_FRAME <= value <= frames.LARGEST_MAX_FRAME:
                     raise ConnectionFault(frames.PROTOCOL_ERROR, f"frames of {value} bytes")
                 frame_size = value
-        lanes = [stream.lane for stream in list(self.streams.values())]
-        more, self._initial = window - self._initial, window
-        self.outgoing.agree(lanes, more, frame_size)
+        self.outgoing.agree(window, frame_size)
 
     def _take_ping(self, flags: int, number: int, payload: bytes) -> None:
         if number or len(payload) != 8:

@@ -36,18 +36,18 @@ class Lane:
 
     Args:
         number: of its stream.
-        window: bytes that its caller takes.
         sent: called when a message has gone out; on any thread, without locks.
         over: called when the end has gone out; likewise.
+
+    Attributes:
+        window: bytes that its caller takes of it, more or less than it takes of every call at first.
     """
 
     __slots__ = ("began", "ended", "number", "over", "queue", "sent", "tail", "window")
 
-    def __init__(
-        self, number: int, window: int, sent: Callable[[], None], over: Callable[[], None]
-    ) -> None:
+    def __init__(self, number: int, sent: Callable[[], None], over: Callable[[], None]) -> None:
         self.number = number
-        self.window = window
+        self.window = 0
         self.sent = sent
         self.over = over
         self.began = False
@@ -80,6 +80,9 @@ class Outgoing:
         self._broken = broken
         self._lock = threading.Lock()
         self._window = frames.FIRST_WINDOW
+        # Of every call at first. The settings change it for all that are under way, at no cost for each.
+        self._first_window = frames.FIRST_WINDOW
+        self._wider = False
         self._frame_size = frames.LEAST_MAX_FRAME
         self._backlog: deque[memoryview] = deque()
         self._control_bytes = 0
@@ -126,7 +129,7 @@ class Outgoing:
                 content = (messages.prefix(size), *parts)
                 size += messages.PREFIX_BYTES
             # What carries no message need not fit into a window.
-            room = not content or size <= min(self._window, lane.window)
+            room = not content or size <= self._room_of(lane)
             if room and not self._backlog and not self._waiting:
                 self._window -= size
                 lane.window -= size
@@ -183,7 +186,7 @@ class Outgoing:
         return waits
 
     def widen(self, lane: Lane | None, more: int) -> None:
-        """The other end takes more, of a call or (None) of all the connection.
+        """The other end takes more, of a call or (None) of all the connection; see `go_on`.
 
         Raises:
             OverflowError: if that is more than a window can be.
@@ -191,27 +194,39 @@ class Outgoing:
         with self._lock:
             if lane is None:
                 self._window += more
+                window = self._window
             else:
                 lane.window += more
-            if (self._window if lane is None else lane.window) > frames.LARGEST_WINDOW:
-                raise OverflowError
-            told = self._pump() if self._waiting else []
-        _tell(told)
+                window = lane.window + self._first_window
+            self._wider = True
+        if window > frames.LARGEST_WINDOW:
+            raise OverflowError
 
-    def agree(self, lanes: Iterable[Lane], more: int, frame_size: int | None) -> None:
+    def agree(self, first_window: int | None, frame_size: int | None) -> None:
         """Take the other end's settings over, and say so before anything is sent that follows from them.
 
         Args:
-            lanes: of the calls under way.
-            more: how much larger the window is that calls begin with; may be negative.
-            frame_size: the largest frame that it takes; None if it did not say.
+            first_window: what it takes of every call at first; None if it did not say.
+            frame_size: the largest frame that it takes; likewise.
         """
         with self._lock:
-            for lane in lanes:
-                lane.window += more
+            if first_window is not None:
+                self._first_window = first_window
+                self._wider = True
             if frame_size is not None:
                 self._frame_size = min(frame_size, _LARGEST_FRAME)
             self._control(frames.frame(frames.SETTINGS, frames.ACK, 0))
+
+    def go_on(self) -> None:
+        """Send what windows had held back, once all has been read that widened them.
+
+        All calls that wait are looked at for that: done for each frame, a caller that widens its windows byte
+        by byte would keep the polling thread from everybody else.
+        """
+        if not self._wider:
+            return
+        with self._lock:
+            self._wider = False
             told = self._pump()
         _tell(told)
 
@@ -223,6 +238,10 @@ class Outgoing:
             self._waiting.clear()
 
     # The lock is held.
+
+    def _room_of(self, lane: Lane) -> int:
+        """Bytes of a call that its caller takes now."""
+        return min(self._window, lane.window + self._first_window)
 
     def _framed(
         self, lane: Lane, first: bytes, content: Sequence[Bytes], size: int, last: bytes
@@ -262,7 +281,7 @@ class Outgoing:
             for lane in tuple(self._waiting.values()):
                 if self._backlog or self._closed:
                     break
-                size = min(self._window, lane.window, _AT_ONCE)
+                size = min(self._room_of(lane), _AT_ONCE)
                 content: list[Bytes] = []
                 taken = 0
                 while lane.queue and taken < size:

@@ -118,10 +118,10 @@ class StreamOfCall:
         "until_s",
     )
 
-    def __init__(self, connection: Carrier, number: int, head: CallHead, window: int) -> None:
+    def __init__(self, connection: Carrier, number: int, head: CallHead) -> None:
         self.connection = connection
         self.head = head
-        self.lane = Lane(number, window, self._sent, self.end)
+        self.lane = Lane(number, self._sent, self.end)
         self.until_s = NEVER_S if head.timeout_s is None else time.monotonic() + head.timeout_s
         self.active = True
         self.trailing: Metadata = ()

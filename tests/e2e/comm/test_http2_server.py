@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitlearn_comm.http2 import frames
+from splitlearn_comm.http2.outgoing import Outgoing
 from splitlearn_comm.http2.server import Server
 from splitlearn_comm.http2.stream import WINDOW, StreamOfCall
 from splitlearn_comm.server.pool import BoundedPool
@@ -633,6 +634,41 @@ def test_a_caller_that_never_reads_how_its_calls_end_is_not_kept(lab: Lab, call:
                 caller.sendall(b"".join(call(n) for n in range(begin, begin + 20_000, 2)))
     eventually(lambda: lab.server._calls == 0, "all are over")
     assert lab.unary("Twice", b"x") == b"xx"
+
+
+def test_windows_that_widen_byte_by_byte_cost_nobody_else_the_time(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each update had all answers looked at that wait: a second of the polling thread for some kilobytes."""
+    looks = 0
+    pump = Outgoing._pump
+
+    def counted(outgoing: Outgoing) -> Any:
+        nonlocal looks
+        looks += 1
+        return pump(outgoing)
+
+    with Caller(lab.port) as caller:
+        caller.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        caller.flush()
+        number = caller.begin(TWICE)
+        caller.send(number, message(b"x"))
+        eventually(lambda: lab.server._connections and not _sent_all(lab), "its answer waits")
+        monkeypatch.setattr(Outgoing, "_pump", counted)
+        update = head(4, frames.WINDOW_UPDATE, 0, 0) + b"\x00\x00\x00\x01"
+        caller.raw(1000 * (update + head(0, frames.SETTINGS)))
+        caller.h2.ping(b"12345678")
+        caller.flush()
+        while not caller.pongs:
+            caller.read()
+        assert looks < 100
+        caller.h2.increment_flow_control_window(100, number)
+        caller.flush()
+        assert caller.wait_for_end(number)["grpc-status"] == "0"
+
+
+def _sent_all(lab: Lab) -> bool:
+    return all(connection.outgoing.is_empty for connection in lab.server._connections)
 
 
 def test_calls_that_have_ended_are_freed_without_a_collector(lab: Lab) -> None:

@@ -33,11 +33,11 @@ def lab() -> Iterator[Lab]:
 
 def test_a_connection_that_breaks_while_several_answers_wait_is_just_told_of(lab: Lab) -> None:
     """What waited was forgotten with the first of them, and then looked for."""
-    lanes = [Lane(number, 0, _nothing, _nothing) for number in (1, 3, 5)]
-    for lane in lanes:
+    lab.outgoing.agree(first_window=0, frame_size=None)
+    for number in (1, 3, 5):
+        lane = Lane(number, _nothing, _nothing)
         lab.outgoing.send(lane, (b"waits for the caller's window",))
-    for lane in lanes:
-        lane.window = frames.FIRST_WINDOW
+    lab.outgoing.agree(first_window=frames.FIRST_WINDOW, frame_size=None)
     lab.theirs.close()
     lab.outgoing.flush()
     assert lab.broken == 1
