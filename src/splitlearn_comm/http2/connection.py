@@ -13,8 +13,11 @@ Of the whole connection a caller may send as much as it likes: what is held is b
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import socket
+import sys
+import termios
 from collections.abc import Callable
 from typing import Protocol
 
@@ -141,6 +144,15 @@ class Connection:
             why = "the server is stopping"
             self.outgoing.control(frames.go_away(self._last, frames.NO_ERROR, why))
 
+    @property
+    def is_taken(self) -> bool:
+        """Whether the other end, or its system, has all that was sent; on any thread.
+
+        What our own system still has of it is lost as the connection is closed, if the other end sends
+        anything then: and callers do, as they read.
+        """
+        return self.outgoing.is_empty and not self._unsent_bytes()
+
     def close(self) -> None:
         """End the connection and all its calls; a second call does nothing."""
         if self._closed:
@@ -151,6 +163,15 @@ class Connection:
         self.socket.close()
         for stream in list(self.streams.values()):
             self._gone(stream)
+
+    def _unsent_bytes(self) -> int:
+        if self.socket.family == socket.AF_UNIX:
+            return 0  # they are with the other end at once
+        try:
+            answer = fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4))
+        except (OSError, ValueError):
+            return 0  # it is closed, or the system does not tell
+        return int.from_bytes(answer, sys.byteorder)
 
     # Frames.
 

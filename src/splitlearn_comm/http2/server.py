@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 _WAITING_CONNECTIONS = 1024
 _SCRATCH_BYTES = 256 * 1024
 _LAST_WORDS_S = 0.5
-"""How long a server that has stopped waits for its last answers to be taken."""
+"""How long at least a server that has stopped waits for its last answers to be taken."""
 _READ = selectors.EVENT_READ
 _WRITE = selectors.EVENT_WRITE
 
@@ -312,7 +312,7 @@ class Server(grpc.Server):
 
         self.soon(end_calls)
         done.wait()
-        self._take_leave()
+        self._take_leave(until_s)
         self.soon(self._close)
 
     def _end_calls(self) -> None:
@@ -320,12 +320,12 @@ class Server(grpc.Server):
             for stream in list(connection.streams.values()):
                 stream.finish(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
 
-    def _take_leave(self) -> None:
-        """Give callers a moment to take what was sent."""
-        until_s = time.monotonic() + _LAST_WORDS_S
+    def _take_leave(self, until_s: float) -> None:
+        """Let callers take what was sent to them."""
+        until_s = max(until_s, time.monotonic() + _LAST_WORDS_S)
         pause = threading.Event()
         while time.monotonic() < until_s:
-            if all(connection.outgoing.is_empty for connection in tuple(self._connections)):
+            if all(connection.is_taken for connection in tuple(self._connections)):
                 return
             pause.wait(0.005)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import socket
 import struct
@@ -350,6 +351,29 @@ class TestStopping:
             assert call.exception().code() is grpc.StatusCode.UNAVAILABLE
         lab.taken.kept[0][1].send(b"too late")  # harms nobody
 
+    def test_an_answer_is_not_lost_that_its_caller_still_reads(self, lab: Lab) -> None:
+        """A connection that is closed while its caller sends, which it does as it reads, is cut at once."""
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.settimeout(PATIENCE_S)
+            slow.connect(("127.0.0.1", lab.port))
+            asked, ping = message(b"x" * 400_000), head(8, frames.PING) + bytes(8)
+            slow.sendall(frames.PREFACE + frames.settings({frames.INITIAL_WINDOW: 2**30}))
+            slow.sendall(head(4, frames.WINDOW_UPDATE) + struct.pack(">I", 2**30))
+            slow.sendall(a_call(1, b"/test/Twice") + head(len(asked), frames.DATA, 1, 1) + asked)
+            found = 0
+            while found < 1000:  # some of the answer is there
+                found += len(slow.recv(100))
+            eventually(lambda: not lab.server._calls, "all of it has gone to the system")
+            stopped = lab.server.stop(PATIENCE_S)
+            assert not stopped.wait(0.3)
+            with contextlib.suppress(OSError):  # once all has arrived
+                while got := slow.recv(30_000):
+                    found += len(got)
+                    slow.sendall(ping)
+            assert found > 800_000
+            assert stopped.wait(PATIENCE_S)
+
     def test_one_that_never_started_lets_go_of_its_port(self) -> None:
         pool = BoundedPool("test", 1, 1)
         first = Server(pool, max_message_length=10, max_calls=10)
@@ -533,6 +557,15 @@ def head(size: int, kind: int, flags: int = 0, stream: int = 0) -> bytes:
     return frames.head(size, kind, flags, stream)
 
 
+def a_call(number: int, path: bytes) -> bytes:
+    """The headers of a call."""
+    block = b"\x83" + b"".join(
+        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
+        for name, value in ((b":path", path), (b"content-type", b"application/grpc"))
+    )
+    return head(len(block), frames.HEADERS, 4, number) + block
+
+
 @pytest.mark.parametrize(
     ("wrong", "code"),
     [
@@ -611,17 +644,13 @@ def no_post(number: int) -> bytes:
 
 def refused(number: int) -> bytes:
     """A call that is refused."""
-    block = b"\x83" + b"".join(
-        b"\x00" + bytes([len(name)]) + name + bytes([len(value)]) + value
-        for name, value in ((b":path", b"/test/Full"), (b"content-type", b"application/grpc"))
-    )
-    return head(len(block), frames.HEADERS, 4, number) + block
+    return a_call(number, b"/test/Full")
 
 
 def broken_off(number: int) -> bytes:
     """A call with data behind its end."""
     data = head(1, frames.DATA, 1, number) + b"\x00"
-    return refused(number).replace(b"/test/Full", b"/test/Echo") + data + data
+    return a_call(number, b"/test/Echo") + data + data
 
 
 @pytest.mark.parametrize("call", [no_post, refused, broken_off])
