@@ -18,6 +18,7 @@ import grpc
 import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
@@ -499,6 +500,26 @@ def test_reflection_lists_the_services(lab: Lab) -> None:
         "grpc.reflection.v1alpha.ServerReflection",
         "splitlearn.comm.ComputeService",
     ]
+
+
+def test_open_streams_of_reflection_keep_no_probe_waiting(lab: Lab) -> None:
+    """Each kept one of the four threads that answer HealthCheck for as long as its caller liked."""
+    closed = threading.Event()
+
+    def asked() -> Iterator[reflection_pb2.ServerReflectionRequest]:
+        yield reflection_pb2.ServerReflectionRequest(list_services="")
+        closed.wait(60)
+
+    stub = reflection_pb2_grpc.ServerReflectionStub(lab.channel)
+    streams = [stub.ServerReflectionInfo(asked(), timeout=60) for _ in range(8)]
+    try:
+        assert next(streams[0]).list_services_response.service
+        assert lab.stub.HealthCheck(compute_pb2.HealthRequest(), timeout=30).status == "ok"
+        assert check(lab, "") == "SERVING"
+    finally:
+        closed.set()
+        for stream in streams:
+            stream.cancel()
 
 
 @pytest.mark.parametrize("max_workers", [1, 10])

@@ -7,6 +7,7 @@ Three kinds of calls get threads of their own, so that none starves another:
     streams   StreamMonitoring                            max_streams threads, nothing queues
     requests  ComputeStream                               as compute calls, each request of a stream
     control   HealthCheck, GetServiceInfo, and whatever else is registered on the server
+              without a pool of its own (see `OnPool`)
 
 A call that finds its kind full is refused at once with RESOURCE_EXHAUSTED, before its message is read, and so
 are calls beyond all bounds together. This module never looks into a message.
@@ -58,7 +59,7 @@ else:
 
 
 @dataclass(frozen=True)
-class _OnPool:
+class OnPool:
     """A handler that runs on a pool of its own: servers look for this attribute."""
 
     handle: Callable[..., object]
@@ -69,21 +70,21 @@ class _OnPool:
 
 
 @dataclass(frozen=True)
-class _TakesOver(_OnPool):
+class _TakesOver(OnPool):
     """A handler that takes calls over where the server lets it, see `splitlearn_comm.http2.calls`."""
 
     begin: Callable[[Bytes, Call], None]
 
 
 @dataclass(frozen=True)
-class _Opens(_OnPool):
+class _Opens(OnPool):
     """A handler that opens streams where the server lets it, see `splitlearn_comm.http2.calls`."""
 
     open: Callable[[Wire], Stream]
 
 
 @dataclass(frozen=True)
-class _Full(_OnPool):
+class _Full(OnPool):
     """Refuses calls, with this text."""
 
     full: str
@@ -277,13 +278,13 @@ def _routes(
         begin: Callable[[Bytes, Call], None] | None = None,
     ) -> Handler:
         return grpc.unary_unary_rpc_method_handler(
-            _TakesOver(handle, pool, begin) if begin is not None else _OnPool(handle, pool),
+            _TakesOver(handle, pool, begin) if begin is not None else OnPool(handle, pool),
             request_deserializer=request.FromString,
             response_serializer=_serialized,
         )
 
     stream = grpc.unary_stream_rpc_method_handler(
-        _OnPool(servicer.StreamMonitoring, streams),
+        OnPool(servicer.StreamMonitoring, streams),
         request_deserializer=compute_pb2.MonitoringStreamRequest.FromString,
         response_serializer=_serialized,
     )

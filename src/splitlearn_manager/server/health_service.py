@@ -1,19 +1,21 @@
 """`grpc.health.v1` for the node and for each model, and server reflection.
 
 The service name "" stands for the node, a model's id (or endpoint) for the model. Both services run
-on threads of their own, so that a probe is answered while all compute threads are busy.
+on threads of their own, so that a probe is answered while all compute threads are busy. A stream of
+reflection keeps its thread for as long as its caller keeps it open, which must not cost a probe its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
-from splitlearn_comm.server.grpc_server import SERVICE
+from splitlearn_comm.server.grpc_server import SERVICE, OnPool
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.routing.table import RoutingTable
 
@@ -61,4 +63,7 @@ class HealthService:
 def enable_reflection(server: grpc.Server) -> None:
     """Lets tools such as grpcurl ask which services there are."""
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    reflection.enable_server_reflection(names, server)
+    pool = ThreadPoolExecutor(2, thread_name_prefix="grpc-reflection")
+    tells = OnPool(reflection.ReflectionServicer(names).ServerReflectionInfo, pool)
+    servicer = SimpleNamespace(ServerReflectionInfo=tells)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)
