@@ -81,7 +81,7 @@ class Server(grpc.Server):
         self._waker.setblocking(False)
         self._woken.setblocking(False)
         self._selector.register(self._woken, _READ, self._wake_up)
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._calls = 0
@@ -270,11 +270,19 @@ class Server(grpc.Server):
 
     def _turn_away(self, listening: socket.socket) -> None:
         """There are no file descriptors left: whoever waits is told, by the one that was kept for this."""
-        _log.warning("no file descriptors are left; a connection is turned away")
-        os.close(self._spare)
+        self._let_spare_go()
         with contextlib.suppress(OSError):
             listening.accept()[0].close()
-        self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+            _log.warning("no file descriptors are left; a connection is turned away")
+        # Another thread may have been quicker: then there is none until one is free again.
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+    def _let_spare_go(self) -> None:
+        # Its number is another file's from then on.
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
     def _serve(self, connection: Connection, events: int) -> None:
         if events & _WRITE and not connection.outgoing.flush():
@@ -340,7 +348,7 @@ class Server(grpc.Server):
         self._selector.close()
         self._waker.close()
         self._woken.close()
-        os.close(self._spare)
+        self._let_spare_go()
         self._stopped.set()
 
 

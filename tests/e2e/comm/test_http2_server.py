@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
+import os
 import socket
 import struct
 import threading
@@ -698,6 +700,40 @@ def test_windows_that_widen_byte_by_byte_cost_nobody_else_the_time(
 
 def _sent_all(lab: Lab) -> bool:
     return all(connection.outgoing.is_empty for connection in lab.server._connections)
+
+
+def test_turning_callers_away_closes_no_file_of_another_thread(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The descriptor that is kept for that may be another thread's before it is had back."""
+    opens, closes = os.open, os.close
+    others: list[int] = []
+
+    def close(descriptor: int) -> None:
+        closes(descriptor)
+        if not others:
+            others.append(opens(os.devnull, os.O_RDONLY | os.O_CLOEXEC))
+            assert others == [descriptor]
+
+    def refuse(*arguments: Any) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    def no_accept() -> Any:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    class Listening:
+        accept = staticmethod(no_accept)
+
+    spare = lab.server._spare
+    monkeypatch.setattr(os, "close", close)
+    monkeypatch.setattr(os, "open", refuse)
+    for _ in range(2):
+        lab.server._accept(Listening())  # type: ignore[arg-type]
+    monkeypatch.undo()
+    assert others == [spare]
+    os.close(others[0])  # fails if it was closed before
+    lab.server._accept(Listening())  # type: ignore[arg-type]
+    assert lab.server._spare is not None
 
 
 def test_calls_that_have_ended_are_freed_without_a_collector(lab: Lab) -> None:
