@@ -149,6 +149,10 @@ class Assembly:
             raise MessageFault(grpc.StatusCode.INTERNAL, text) from None
         if len(plain) > self._max_bytes:
             raise self._too_large(f"more than {self._max_bytes}")
+        if len(message) and not unpacking.eof:
+            # What there is of it would pass for the whole message.
+            text = f"a message that is compressed by {self._encoding} ends too early"
+            raise MessageFault(grpc.StatusCode.INTERNAL, text)
         return plain
 
     def _too_large(self, size: str) -> MessageFault:

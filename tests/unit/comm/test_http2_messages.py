@@ -66,9 +66,23 @@ def test_compressed_ones_are_unpacked_within_the_limit(encoding: str, pack) -> N
     assembly = Assembly(LIMIT, encoding)
     assert assembly.feed(framed(pack(b"abc" * 100), 1)) == [b"abc" * 100]
     assert assembly.feed(framed(b"as it is")) == [b"as it is"]
+    assert assembly.feed(framed(pack(bytes(LIMIT)), 1)) == [bytes(LIMIT)]
     with pytest.raises(MessageFault, match="more than 1000") as caught:
         assembly.feed(framed(pack(bytes(LIMIT + 1)), 1))
     assert caught.value.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("encoding", "pack"), [("gzip", gzip.compress), ("deflate", zlib.compress)]
+)
+def test_a_compressed_one_that_ends_too_early_does_not_pass_for_a_shorter_one(
+    encoding: str, pack
+) -> None:
+    packed = pack(bytes(range(256)))
+    for size in (1, len(packed) // 2, len(packed) - 1):
+        with pytest.raises(MessageFault, match="ends too early") as caught:
+            Assembly(LIMIT, encoding).feed(framed(packed[:size], 1))
+        assert caught.value.status is grpc.StatusCode.INTERNAL
 
 
 @pytest.mark.parametrize(
