@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import re
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
@@ -25,6 +26,8 @@ _log = logging.getLogger(__name__)
 _READ_AHEAD = 8
 """Messages of a call that are read before its function asks for them."""
 _DONE = object()
+_KEY = re.compile("[0-9a-z_.-]+")
+_VALUE = re.compile("[ -~]*")
 
 
 class TakenOver:
@@ -302,7 +305,11 @@ class Context(grpc.ServicerContext):
     @property
     def status(self) -> tuple[grpc.StatusCode, str]:
         """What the call ends with."""
-        return self._code or grpc.StatusCode.OK, self._details
+        code = self._code or grpc.StatusCode.OK
+        # What is no status, and no text, must not keep the call from ending.
+        return code if isinstance(code, grpc.StatusCode) else grpc.StatusCode.UNKNOWN, (
+            str(self._details or "")
+        )
 
     def end(self) -> None:
         """The call is over."""
@@ -369,7 +376,24 @@ class Context(grpc.ServicerContext):
 
 
 def _as_metadata(pairs: Iterable[tuple[str, str | bytes]]) -> Metadata:
-    return tuple((str(key), value) for key, value in pairs)
+    """What a handler adds to its answer.
+
+    Raises:
+        ValueError: if that cannot travel: told here, where the handler hears of it.
+    """
+    return tuple(_as_field(key, value) for key, value in pairs)
+
+
+def _as_field(key: str, value: str | bytes) -> tuple[str, str | bytes]:
+    if not _KEY.fullmatch(key):
+        text = f"metadata {key!r}: a key has lower-case letters, digits and _ . - alone"
+        raise ValueError(text)
+    if key.endswith("-bin"):
+        return key, value.encode() if isinstance(value, str) else bytes(value)
+    text = value if isinstance(value, str) else bytes(value).decode("latin-1")
+    if not _VALUE.fullmatch(text):
+        raise ValueError(f"metadata {key!r}: a value is printable ASCII, or its key ends in -bin")
+    return key, text
 
 
 def _no_message(stream: StreamOfCall) -> None:

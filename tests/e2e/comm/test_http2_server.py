@@ -94,6 +94,7 @@ class Lab:
         self.gone = threading.Event()
         self.wanted: list[bytes] = []
         self.notify: Any = None
+        self.waiting = 0
         self.server = Server(self.pool, max_message_length=LIMIT, max_calls=MOST_CALLS)
         self.server.add_generic_rpc_handlers((self._handlers(),))
         self.port = self.server.add_insecure_port("127.0.0.1:0")
@@ -146,8 +147,7 @@ class Lab:
         def waits(data: bytes, context: grpc.ServicerContext) -> bytes:
             context.add_callback(self.gone.set)
             self.entered.set()
-            assert self.gate.wait(PATIENCE_S)
-            return b"waited"
+            return self.wait()
 
         def watched(data: bytes, context: grpc.ServicerContext, send: Any) -> None:
             context.add_callback(self.gone.set)
@@ -177,6 +177,12 @@ class Lab:
             },
         )
 
+    def add(self, name: str, handle: Any) -> None:
+        """Register one more handler of a message each way."""
+        handler = grpc.unary_unary_rpc_method_handler(handle)
+        found = grpc.method_handlers_generic_handler("test", {name: handler})
+        self.server.add_generic_rpc_handlers((found,))
+
     def unary(self, name: str, data: bytes, **options: Any) -> Any:
         return self.channel.unary_unary(f"/test/{name}")(data, timeout=PATIENCE_S, **options)
 
@@ -184,6 +190,11 @@ class Lab:
         with pytest.raises(grpc.RpcError) as caught:
             self.unary(name, data)
         return caught.value.code(), caught.value.details()
+
+    def wait(self) -> bytes:
+        self.waiting += 1
+        assert self.gate.wait(PATIENCE_S)
+        return b"waited"
 
     def close(self) -> None:
         self.gate.set()
@@ -267,6 +278,45 @@ class TestByGrpcsClient:
         what, text = lab.refusal("Raises")
         assert what is code.UNKNOWN
         assert "secret" not in text
+
+    @pytest.mark.parametrize(
+        "metadata",
+        [(("Key", "v"),), (("kéy", "v"),), (("k", "two\nlines"),), (("k", "é"),), (("k", None),)],
+    )
+    def test_metadata_that_cannot_travel_is_an_error_of_its_handler(
+        self, lab: Lab, metadata: Any
+    ) -> None:
+        """The call was never ended."""
+
+        def trailing(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.set_trailing_metadata(metadata)
+            return data
+
+        def first(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.send_initial_metadata(metadata)
+            return data
+
+        lab.add("Added", trailing)
+        lab.add("AddedFirst", first)
+        for name in ("Added", "AddedFirst"):
+            assert lab.refusal(name)[0] is grpc.StatusCode.UNKNOWN
+
+    def test_metadata_is_bytes_where_its_key_says_so(self, lab: Lab) -> None:
+        def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.set_trailing_metadata((("text", b"of bytes"), ("text-bin", "of text")))
+            return data
+
+        lab.add("Added", handle)
+        _, call = lab.channel.unary_unary("/test/Added").with_call(b"x", timeout=PATIENCE_S)
+        found = set(call.trailing_metadata())
+        assert found == {("text", "of bytes"), ("text-bin", b"of text")}
+
+    def test_what_is_no_status_ends_a_call_as_unknown(self, lab: Lab) -> None:
+        def aborts(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.abort(5, None)  # type: ignore[arg-type]
+
+        lab.add("Aborts", aborts)
+        assert lab.refusal("Aborts") == (grpc.StatusCode.UNKNOWN, "")
 
     def test_a_message_that_is_too_large_is_refused_and_others_go_on(self, lab: Lab) -> None:
         for name in ("Twice", "Taken"):
