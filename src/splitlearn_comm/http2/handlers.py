@@ -317,7 +317,11 @@ class Context(grpc.ServicerContext):
             callbacks, self._callbacks = self._callbacks, None
         self.room.release()
         for callback in callbacks or ():
-            callback()
+            try:
+                callback()
+            except Exception:
+                # It ends with the calls beside it, which must be told too.
+                _log.exception("method=%s", self._stream.head.method)
 
     # As gRPC has it.
 

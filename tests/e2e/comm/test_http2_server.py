@@ -372,6 +372,24 @@ class TestByGrpcsClient:
         eventually(lambda: lab.server._calls == 0, "room comes back")
         assert lab.unary("Twice", b"x") == b"xx"
 
+    def test_a_callback_that_fails_keeps_no_other_call_from_being_told(self, lab: Lab) -> None:
+        """Its connection was closed, and the calls behind it on it counted for ever."""
+
+        def fails() -> None:
+            raise ValueError("of the handler")
+
+        def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.add_callback(fails)
+            return lab.wait()
+
+        lab.add("Fails", handle)
+        with Caller(lab.port) as caller:
+            for number in [caller.begin("/test/Fails"), caller.begin("/test/Waits")]:
+                caller.send(number, message(b"x"))
+            eventually(lambda: lab.entered.is_set() and lab.waiting == 2, "both wait")
+        assert lab.gone.wait(PATIENCE_S)
+        eventually(lambda: lab.server._calls == 0, "both are over")
+
 
 class TestStopping:
     def test_running_calls_are_waited_for_and_new_ones_turned_away(self, lab: Lab) -> None:
