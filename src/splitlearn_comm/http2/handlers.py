@@ -182,6 +182,8 @@ class InPool:
         self._requests: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._begun = False
         if handler.request_streaming:
+            # A thread may send, and be told that it was sent, before this returns.
+            stream.handler = self
             self._begin(self._iterator())
 
     # Of the connection's.

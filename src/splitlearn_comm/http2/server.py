@@ -175,7 +175,8 @@ class Server(grpc.Server):
         elif handler is None:
             text = f"there is no method {stream.head.method}"
             stream.finish(grpc.StatusCode.UNIMPLEMENTED, text)
-        else:
+        elif stream.handler is None:
+            # Else it has begun, or ended, by itself.
             stream.handler = handler
 
     def ended(self, stream: StreamOfCall) -> None:

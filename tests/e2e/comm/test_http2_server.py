@@ -10,7 +10,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import grpc
@@ -317,6 +317,34 @@ class TestByGrpcsClient:
 
         lab.add("Aborts", aborts)
         assert lab.refusal("Aborts") == (grpc.StatusCode.UNKNOWN, "")
+
+    def test_a_stream_may_be_answered_before_it_is_begun(self, lab: Lab) -> None:
+        """Who waited for its first answer to go out was never told, if its thread was that quick."""
+
+        class Eager(BoundedPool):
+            def submit(self, *arguments: Any) -> Any:  # type: ignore[override]
+                future = super().submit(*arguments)
+                wait([future], timeout=2.0)
+                return future
+
+        def answers(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+            yield b"1"
+            yield b"2"
+
+        pool = Eager("eager", 1, 1)
+        server = Server(pool, max_message_length=LIMIT, max_calls=4)
+        kind = grpc.stream_stream_rpc_method_handler(answers)
+        handlers = grpc.method_handlers_generic_handler("test", {"Answers": kind})
+        server.add_generic_rpc_handlers((handlers,))
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                stream = channel.stream_stream("/test/Answers")
+                assert list(stream(iter(()), timeout=PATIENCE_S)) == [b"1", b"2"]
+        finally:
+            assert server.stop(0.0).wait(PATIENCE_S)
+            pool.shutdown(wait=False)
 
     def test_a_message_that_is_too_large_is_refused_and_others_go_on(self, lab: Lab) -> None:
         for name in ("Twice", "Taken"):
