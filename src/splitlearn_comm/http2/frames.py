@@ -86,6 +86,17 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
     return head(len(payload), kind, flags, stream) + payload
 
 
+def headers(flags: int, stream: int, block: bytes) -> bytes:
+    """A block of headers, in as many frames as everybody takes."""
+    if len(block) <= LEAST_MAX_FRAME:
+        return frame(HEADERS, flags | END_HEADERS, stream, block)
+    out = frame(HEADERS, flags, stream, block[:LEAST_MAX_FRAME])
+    for at in range(LEAST_MAX_FRAME, len(block), LEAST_MAX_FRAME):
+        ends = END_HEADERS if at + LEAST_MAX_FRAME >= len(block) else 0
+        out += frame(CONTINUATION, ends, stream, block[at : at + LEAST_MAX_FRAME])
+    return out
+
+
 def settings(values: dict[int, int]) -> bytes:
     """A frame of settings."""
     return frame(SETTINGS, 0, 0, b"".join(_SETTING.pack(*pair) for pair in values.items()))

@@ -28,7 +28,6 @@ _MOST_CONTROL_BYTES = 1 << 20
 """Of answers to pings and settings that wait, and of refusals of what does not count as a call; a caller who
 does not read them is not kept."""
 _LARGEST_FRAME = 1 << 20
-_LAST_HEADERS = frames.END_HEADERS | frames.END_STREAM
 
 
 class Lane:
@@ -118,7 +117,7 @@ class Outgoing:
                     # One frame for all there is to say.
                     tail = head + tail
                 else:
-                    first = frames.frame(frames.HEADERS, frames.END_HEADERS, lane.number, head)
+                    first = frames.headers(0, lane.number, head)
                 lane.began = True
             if tail:
                 last = _last(lane.number, tail, stop=stop)
@@ -369,7 +368,7 @@ def _nothing() -> None:
 
 def _last(number: int, block: bytes, *, stop: bool) -> bytes:
     """The frames that end a call."""
-    last = frames.frame(frames.HEADERS, _LAST_HEADERS, number, block)
+    last = frames.headers(frames.END_STREAM, number, block)
     return last + frames.reset(number, frames.NO_ERROR) if stop else last
 
 

@@ -608,6 +608,22 @@ class TestByHttp2:
             before = caller.h2.outbound_flow_control_window
             assert before > 2**30
 
+    @pytest.mark.parametrize("size", [15_000, 16_384, 40_000])
+    def test_long_headers_come_in_frames_that_callers_take(self, lab: Lab, size: int) -> None:
+        """`h2` ends the connection, and all its calls, when a frame is too large."""
+
+        def handle(data: bytes, context: grpc.ServicerContext) -> bytes:
+            context.send_initial_metadata((("long", "x" * size),))
+            context.abort(grpc.StatusCode.NOT_FOUND, "y" * size)
+
+        lab.add("Long", handle)
+        with Caller(lab.port) as caller:
+            caller.h2.decoder.max_header_list_size = 2 * size
+            number = caller.begin("/test/Long")
+            caller.send(number, message(b"x"))
+            assert caller.wait_for_end(number)["grpc-message"] == "y" * size
+            assert caller.headers[number]["long"] == "x" * size
+
     def test_pings_are_answered(self, shared: Lab) -> None:
         with Caller(shared.port) as caller:
             caller.h2.ping(b"12345678")
