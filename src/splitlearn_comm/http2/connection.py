@@ -276,8 +276,13 @@ class Connection:
 
     def _end_of_data(self) -> None:
         stream, self._stream = self._stream, None
-        if stream is not None and self._flags & frames.END_STREAM:
+        if stream is None:
+            return
+        if self._flags & frames.END_STREAM:
             self._sender_done(stream)
+        else:
+            # Padding took of the window too, where there was nothing else.
+            stream.grant()
 
     def _sender_done(self, stream: StreamOfCall) -> None:
         stream.is_whole = True

@@ -624,6 +624,17 @@ class TestByHttp2:
             assert caller.wait_for_end(number)["grpc-message"] == "y" * size
             assert caller.headers[number]["long"] == "x" * size
 
+    def test_padding_alone_does_not_use_a_window_up(self, lab: Lab) -> None:
+        with Caller(lab.port) as caller:
+            number = caller.begin("/test/Echo")
+            for _ in range(2 * WINDOW // 256):
+                while caller.h2.local_flow_control_window(number) < 256:
+                    caller.read()
+                caller.h2.send_data(number, b"", pad_length=255)
+                caller.flush()
+            caller.send(number, message(b"x"))
+            assert caller.wait_for_end(number)["grpc-status"] == "0"
+
     def test_pings_are_answered(self, shared: Lab) -> None:
         with Caller(shared.port) as caller:
             caller.h2.ping(b"12345678")
