@@ -320,6 +320,8 @@ class Server(grpc.Server):
             done.set()
 
         self.soon(end_calls)
+        if self._over:
+            return  # stopped meanwhile: nobody does it any more
         done.wait()
         self._take_leave(until_s)
         self.soon(self._close)

@@ -472,6 +472,13 @@ class TestStopping:
             assert found > 800_000
             assert stopped.wait(PATIENCE_S)
 
+    def test_stopping_it_again_leaves_no_thread_behind(self, lab: Lab) -> None:
+        assert lab.server.stop(0.0).wait(PATIENCE_S)
+        before = {*threading.enumerate()}
+        for _ in range(3):
+            assert lab.server.stop(0.0).is_set()
+        eventually(lambda: {*threading.enumerate()} <= before, "all threads have ended")
+
     def test_one_that_never_started_lets_go_of_its_port(self) -> None:
         pool = BoundedPool("test", 1, 1)
         first = Server(pool, max_message_length=10, max_calls=10)
