@@ -291,17 +291,15 @@ class _QueuedWire:
 
     def sending(self, stream: RequestStream) -> Iterator[bytes]:
         """What is to be sent, until the end."""
-        while True:
-            frame = self._out.get()
-            if isinstance(frame, bytes):
+        try:
+            while isinstance(frame := self._out.get(), bytes):
                 yield frame
                 stream.sent()
-                continue
-            # The reader, if it waits, finds nobody there.
+        finally:
+            # The reader, if it waits, finds nobody there; gRPC may end this in the midst of an answer.
             self._may_read.release()
-            if frame[0] is not grpc.StatusCode.OK:
-                self._context.abort(*frame)
-            return
+        if frame[0] is not grpc.StatusCode.OK:
+            self._context.abort(*frame)
 
 
 def _read(
