@@ -224,7 +224,7 @@ def build_server(
     is_ours = credentials is None and not interceptors
     # Those that are taken over need no threads.
     compute_streams = compute if is_ours else BoundedPool("compute-stream", max_streams, 0)
-    opened = Streams(servicer.begin, compute)
+    opened = Streams(servicer.begin, compute, max_message_length)
     pools = tuple(dict.fromkeys((compute, compute_streams, streams, control, refusals)))
     most = sum(pool.limit for pool in pools)
     server: grpc.Server

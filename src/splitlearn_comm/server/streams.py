@@ -37,18 +37,20 @@ class Streams:
     Args:
         begin: takes one request over, without waiting.
         pool: counts them, and has threads for those that wait.
+        max_message_length: bytes of an answer; a larger one would end all of its stream.
     """
 
-    def __init__(self, begin: Begin, pool: BoundedPool) -> None:
+    def __init__(self, begin: Begin, pool: BoundedPool, max_message_length: int) -> None:
         self._begin = begin
         self._pool = pool
+        self._max_message_length = max_message_length
         self._open: weakref.WeakSet[RequestStream] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._stopping = False
 
     def open(self, wire: Wire) -> RequestStream:
         """A stream over `wire`."""
-        stream = RequestStream(wire, self._begin, self._pool)
+        stream = RequestStream(wire, self._begin, self._pool, self._max_message_length)
         with self._lock:
             self._open.add(stream)
             stopping = self._stopping
@@ -75,9 +77,12 @@ class Streams:
 class RequestStream:
     """One stream, see `splitlearn_comm.http2.calls.Stream`."""
 
-    def __init__(self, wire: Wire, begin: Begin, pool: BoundedPool) -> None:
+    def __init__(
+        self, wire: Wire, begin: Begin, pool: BoundedPool, max_message_length: int
+    ) -> None:
         self.wire = wire
         self.pool = pool
+        self.max_message_length = max_message_length
         self._begin = begin
         self._lock = threading.Lock()
         self._calls: dict[int, StreamedCall] = {}
@@ -193,7 +198,13 @@ class StreamedCall:
         self._version = version
 
     def send(self, *response: Bytes) -> None:
-        self._answer(*frames.enclosed(response, self._id()))
+        frame = frames.enclosed(response, self._id())
+        size, limit = sum(map(len, frame)), self._stream.max_message_length
+        if size > limit:
+            text = f"the answer is a message of {size} bytes; the most that is sent is {limit}"
+            self.refuse(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            return
+        self._answer(*frame)
 
     def refuse(self, status: grpc.StatusCode, details: str) -> None:
         refusal = compute_pb2.Refusal(code=status.value[0], message=details)

@@ -88,6 +88,38 @@ def test_one_refusal_is_one_futures_own(client: GRPCComputeClient, function: Gat
     )
 
 
+class Wider(ComputeFunction):
+    """A thousand numbers for each; waits at the gate with what is negative."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.began = threading.Semaphore(0)
+
+    def compute(self, input_tensor: torch.Tensor) -> torch.Tensor:
+        if input_tensor.min() < 0:
+            self.began.release()
+            assert self.gate.wait(PATIENCE_S)
+        return input_tensor.repeat(1000)
+
+
+@pytest.mark.parametrize("way", ["taken over", "gRPC's own"])
+def test_an_answer_that_is_too_large_is_one_futures_own(way: str) -> None:
+    """It ended the stream, and with it all that was asked on it."""
+    wider, once = Wider(), FixedDelay(max_attempts=1)
+    with (
+        GRPCComputeServer(
+            wider, port=0, max_message_length=10_000, interceptors=interceptors(way)
+        ) as server,
+        GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S, retry_strategy=once) as client,
+    ):
+        waits = client.compute_async(-torch.ones(1))
+        assert wider.began.acquire(timeout=PATIENCE_S)
+        with pytest.raises(RemoteComputeError, match="most that is sent is 10000"):
+            client.compute_async(torch.ones(100)).result(PATIENCE_S)
+        wider.gate.set()
+        assert torch.equal(waits.result(PATIENCE_S), -torch.ones(1000))
+
+
 def test_many_are_given_in_order_whatever_comes_first(
     client: GRPCComputeClient, function: Gated
 ) -> None:

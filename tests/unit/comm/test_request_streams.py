@@ -33,7 +33,7 @@ def test_a_caller_that_goes_in_the_midst_of_an_answer_leaves_no_thread_behind() 
         raise RuntimeError("gRPC's way of saying so")
 
     before = {*threading.enumerate()}
-    streams = Streams(lambda request, data, call: calls.append(call), pool)
+    streams = Streams(lambda request, data, call: calls.append(call), pool, 1000)
     answers = streams.handle(asked(), Context())  # type: ignore[arg-type]
     first: list[bytes] = []
     taking = threading.Thread(target=lambda: first.append(next(answers)))
