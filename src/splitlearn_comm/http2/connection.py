@@ -303,14 +303,10 @@ class Connection:
 
     def _took_straight(self, stream: StreamOfCall, size: int) -> None:
         self._lacks -= size
-        try:
-            message = stream.assembly.filled(size)
-        except MessageFault as fault:
-            stream.finish(fault.status, fault.details)
-        else:
-            if message is not None:
-                stream.take(message)
-            stream.grant()
+        message = stream.assembly.filled(size)
+        if message is not None:
+            stream.take(message)
+        stream.grant()
         if not self._lacks:
             self._end_of_data()
 

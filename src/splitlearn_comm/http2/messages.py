@@ -1,5 +1,8 @@
 """The messages within a call: each with a byte that says whether it is compressed, and its size before it.
 
+A compressed one stays as it came until it is wanted, see `Assembly.plain`: it may be a thousandth of what it
+becomes.
+
 A message that comes in one piece is copied once out of the buffer that all connections read into. For a
 longer one memory is taken when its size is known and allowed, and it is filled as the pieces come.
 """
@@ -32,6 +35,15 @@ class MessageFault(Exception):
         super().__init__(details)
         self.status = status
         self.details = details
+
+
+class Compressed:
+    """A message as it came."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: Bytes) -> None:
+        self.data = data
 
 
 def prefix(size: int) -> bytes:
@@ -71,26 +83,22 @@ class Assembly:
         """Where the missing bytes go; whoever writes there calls `filled`."""
         return None if self._target is None else self._target[self._filled :]
 
-    def filled(self, size: int) -> Bytes | None:
-        """So many bytes were written to `room`; the message, if that was all of it.
-
-        Raises:
-            MessageFault: see `feed`.
-        """
+    def filled(self, size: int) -> Bytes | Compressed | None:
+        """So many bytes were written to `room`; the message, if that was all of it."""
         assert self._target is not None
         self._filled += size
         if self._filled < len(self._target):
             return None
         message, self._target = self._target, None
-        return self._plain(message)
+        return Compressed(message) if self._compressed else message
 
-    def feed(self, piece: memoryview) -> list[Bytes]:
+    def feed(self, piece: memoryview) -> list[Bytes | Compressed]:
         """Take what has arrived; the messages that it completes.
 
         Raises:
             MessageFault: if one is too large, or compressed in a way that nobody announced.
         """
-        messages: list[Bytes] = []
+        messages: list[Bytes | Compressed] = []
         while True:
             if self._target is None:
                 if self._head:
@@ -109,7 +117,8 @@ class Assembly:
                     piece = piece[PREFIX_BYTES:]
                 self._check(compressed, size)
                 if len(piece) >= size:
-                    messages.append(self._plain(bytes(piece[:size])))
+                    message = bytes(piece[:size])
+                    messages.append(Compressed(message) if compressed else message)
                     piece = piece[size:]
                     continue
                 # The system gives the memory as it is written to, not before.
@@ -118,11 +127,31 @@ class Assembly:
             taken = min(len(piece), self.missing)
             self._target[self._filled : self._filled + taken] = piece[:taken]
             piece = piece[taken:]
-            message = self.filled(taken)
-            if message is not None:
-                messages.append(message)
+            whole = self.filled(taken)
+            if whole is not None:
+                messages.append(whole)
             if not piece:
                 return messages
+
+    def plain(self, message: Compressed) -> Bytes:
+        """What was compressed.
+
+        Raises:
+            MessageFault: if it was not, or is too large.
+        """
+        unpacking = zlib.decompressobj(_WINDOW_BITS[self._encoding])
+        try:
+            plain = unpacking.decompress(message.data, self._max_bytes + 1)
+        except zlib.error as error:
+            text = f"a message is not compressed by {self._encoding}: {error}"
+            raise MessageFault(grpc.StatusCode.INTERNAL, text) from None
+        if len(plain) > self._max_bytes:
+            raise self._too_large(f"more than {self._max_bytes}")
+        if len(message.data) and not unpacking.eof:
+            # What there is of it would pass for the whole message.
+            text = f"a message that is compressed by {self._encoding} ends too early"
+            raise MessageFault(grpc.StatusCode.INTERNAL, text)
+        return plain
 
     def _check(self, compressed: int, size: int) -> None:
         if size > self._max_bytes:
@@ -137,23 +166,6 @@ class Assembly:
             )
             raise MessageFault(grpc.StatusCode.UNIMPLEMENTED, text)
         self._compressed = bool(compressed)
-
-    def _plain(self, message: Bytes) -> Bytes:
-        if not self._compressed:
-            return message
-        unpacking = zlib.decompressobj(_WINDOW_BITS[self._encoding])
-        try:
-            plain = unpacking.decompress(message, self._max_bytes + 1)
-        except zlib.error as error:
-            text = f"a message is not compressed by {self._encoding}: {error}"
-            raise MessageFault(grpc.StatusCode.INTERNAL, text) from None
-        if len(plain) > self._max_bytes:
-            raise self._too_large(f"more than {self._max_bytes}")
-        if len(message) and not unpacking.eof:
-            # What there is of it would pass for the whole message.
-            text = f"a message that is compressed by {self._encoding} ends too early"
-            raise MessageFault(grpc.StatusCode.INTERNAL, text)
-        return plain
 
     def _too_large(self, size: str) -> MessageFault:
         text = f"a message of {size} bytes; the most that is taken is {self._max_bytes}"

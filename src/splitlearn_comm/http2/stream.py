@@ -18,7 +18,7 @@ import grpc
 from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.http2 import frames, headers
 from splitlearn_comm.http2.headers import CallHead, Metadata
-from splitlearn_comm.http2.messages import Assembly
+from splitlearn_comm.http2.messages import Assembly, Compressed, MessageFault
 from splitlearn_comm.http2.outgoing import Lane, Outgoing
 
 _log = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class StreamOfCall:
         self.handler: Handler | None = None
         self.assembly = Assembly(connection.max_message_length, head.encoding)
         self.granted = WINDOW
-        self.held: deque[Bytes] = deque()
+        self.held: deque[Bytes | Compressed] = deque()
         self.paused = False
         self.is_ending = False
         self.is_whole = False
@@ -201,14 +201,18 @@ class StreamOfCall:
 
     # On the polling thread.
 
-    def take(self, message: Bytes) -> None:
+    def take(self, message: Bytes | Compressed) -> None:
         """A message is complete."""
         if self.paused:
             self.held.append(message)
             return
         assert self.handler is not None
         try:
+            if isinstance(message, Compressed):
+                message = self.assembly.plain(message)
             self.paused = not self.handler.message(message)
+        except MessageFault as fault:
+            self.finish(fault.status, fault.details)
         except Exception:
             # An error here would end the polling thread, and with it the server.
             _log.exception("a message could not be taken")

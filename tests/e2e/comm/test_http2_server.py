@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import gc
+import gzip
 import os
 import socket
 import struct
@@ -20,6 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitlearn_comm.http2 import frames
+from splitlearn_comm.http2.messages import Assembly
 from splitlearn_comm.http2.outgoing import Outgoing
 from splitlearn_comm.http2.server import Server
 from splitlearn_comm.http2.stream import WINDOW, StreamOfCall
@@ -598,6 +600,36 @@ class TestByHttp2:
             eventually(lambda: len(lab.echo.received_all) == 3, "the others come")
             caller.send(number, b"")
             assert caller.wait_for_end(number)["grpc-status"] == "0"
+
+    def test_what_waits_for_a_paused_stream_waits_compressed(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Else a megabyte that may arrive unasked becomes a gigabyte that is held."""
+        unpacked = 0
+        plain = Assembly.plain
+
+        def counted(assembly: Assembly, packed: Any) -> Any:
+            nonlocal unpacked
+            unpacked += 1
+            return plain(assembly, packed)
+
+        monkeypatch.setattr(Assembly, "plain", counted)
+        lab.echo.closed = True
+        with Caller(lab.port) as caller:
+            number = caller.begin("/test/Echo", ("grpc-encoding", "gzip"))
+            packed = message(gzip.compress(bytes(LIMIT)), 1)
+            caller.send(number, packed * 5, ends=False)
+            eventually(lambda: lab.echo.received_all, "the first comes")
+            caller.h2.ping(b"12345678")
+            caller.flush()
+            while not caller.pongs:
+                caller.read()
+            assert unpacked == 1
+            lab.echo.closed = False
+            lab.echo.wires[0].read_on()
+            caller.send(number, b"")
+            assert caller.wait_for_end(number)["grpc-status"] == "0"
+            assert lab.echo.received_all == 5 * [bytes(LIMIT)]
 
     def test_a_paused_stream_takes_no_more_than_its_window(self, lab: Lab) -> None:
         lab.echo.closed = True
