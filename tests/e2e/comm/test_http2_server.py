@@ -499,7 +499,11 @@ class TestStopping:
 
 
 class TestByHttp2:
-    @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @settings(
+        max_examples=40,
+        deadline=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture],
+    )
     @given(
         data=st.binary(max_size=300),
         piece=st.integers(1, 50),
@@ -779,7 +783,9 @@ def test_what_is_no_http2_is_turned_away(shared: Lab) -> None:
         assert b"gRPC over HTTP/2" in caller.recv(1000)
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.binary(max_size=400), st.booleans())
 def test_nothing_that_arrives_stops_the_server(shared: Lab, junk: bytes, greets: bool) -> None:
     with socket.create_connection(("127.0.0.1", shared.port), PATIENCE_S) as caller:
