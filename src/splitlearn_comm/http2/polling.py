@@ -126,10 +126,27 @@ class Polling:
             if self._poller is me:
                 self._since_s = None
 
+    def _takes_long(self) -> bool:
+        since_s = self._since_s
+        return since_s is not None and time.monotonic() - since_s > TAKEOVER_S
+
+    def _is_watched_by_another(self) -> bool:
+        """Whether there is a thread that watches from now on.
+
+        Made sure of before the polling is taken over: where the system allows no further thread, whoever runs
+        the work has to come back to it.
+        """
+        try:
+            _thread("grpc-takeover", self._watch)
+        except RuntimeError:
+            _log.warning("no thread can be started: calls wait for a forward that takes long")
+            return False
+        return True
+
     def _taken_over(self) -> object:
         """Takes the polling from who runs a piece of work for too long; None if nobody does."""
         with self._turn:
-            if self._since_s is None or time.monotonic() - self._since_s <= TAKEOVER_S:
+            if not self._takes_long():
                 return None
             self._poller, self._since_s = object(), None
             return self._poller
@@ -138,9 +155,9 @@ class Polling:
         """Take over when a piece of work takes long. Sleeps while nothing is run."""
         while not self._over:
             runs = self._runs
-            if (me := self._taken_over()) is not None:
-                _thread("grpc-takeover", self._watch)
-                self._poll(me)
+            if self._takes_long() and self._is_watched_by_another():
+                if (me := self._taken_over()) is not None:
+                    self._poll(me)
                 return
             self._wake.wait(TAKEOVER_S)
             self._wake.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,48 @@ class Busy:
             self.done.set()
         # What a piece takes: now a little less, now a little more than the polling is lost for.
         self.never.wait(polling.TAKEOVER_S * (0.95 + 0.1 * (self.left % 3)))
+
+
+class Once(Busy):
+    """One piece of work, which takes until it is let go; nothing to look at but whether it is over."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.let_go = threading.Event()
+        self.looks_again = threading.Event()
+
+    def look(self, wait: bool) -> bool | None:
+        if self.let_go.is_set():
+            self.looks_again.set()
+        return super().look(wait)
+
+    def waits_here(self) -> bool:
+        return self.left > 0
+
+    def run_here(self) -> None:
+        self.left = 0
+        assert self.let_go.wait(PATIENCE_S)
+
+
+def test_somebody_polls_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The polling was taken over by a thread that there was not, and nobody polled any more."""
+    monkeypatch.setattr(polling, "TAKEOVER_S", 0.004)
+    started, refused = polling._thread, threading.Semaphore(0)
+
+    def thread(name: str, target: Any) -> None:
+        if once.left == 0 and not once.let_go.is_set():
+            refused.release()
+            raise RuntimeError("can't start new thread")
+        started(name, target)
+
+    once = Once()
+    monkeypatch.setattr(polling, "_thread", thread)
+    Polling(once.look, once).start()
+    for _ in range(3):
+        assert refused.acquire(timeout=PATIENCE_S)
+    once.let_go.set()
+    assert once.looks_again.wait(PATIENCE_S)
+    once.done.set()
 
 
 def test_two_threads_never_look_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
