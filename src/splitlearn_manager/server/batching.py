@@ -25,6 +25,7 @@ whose caller is gone, is dropped before its forward. The lock is held for micros
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from threading import get_ident
@@ -39,6 +40,8 @@ from splitlearn_manager.server.batches import BatchRunner, answer, end, refusal_
 from splitlearn_manager.server.fairness import weight_of
 from splitlearn_manager.server.queues import CPU, Queue, Waiting, queue_of
 from splitlearn_manager.server.threads import ThreadPlan
+
+log = logging.getLogger(__name__)
 
 LENDS_S = 0.1
 """A forward that has run for so long no longer counts against the number of those that run at a time."""
@@ -289,8 +292,14 @@ class Batcher:
             self._idle.pop().wake.release()
         elif self._threads <= sum(not thread.polls for thread in self._began):
             # All there are compute.
-            self._threads += 1
-            threading.Thread(target=self._work, name="compute", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, name="compute", daemon=True).start()
+            except RuntimeError as error:
+                # Not the error of who asks: what waits is for the threads that there are, or tried again with
+                # the next request.
+                log.warning("event=NoThread waiting=%d: %s", len(self._active), error)
+            else:
+                self._threads += 1
 
     # Threads.
 

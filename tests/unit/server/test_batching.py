@@ -342,6 +342,21 @@ def test_what_goes_wrong_beside_the_model_leaves_nobody_waiting_and_no_thread_is
     eventually(lambda: instance.in_flight == 0, "leases are given back")
 
 
+def test_a_thread_that_cannot_be_started_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It counted as one that there is, and no thread was ever started for what waits."""
+    instance, joined = instance_of(mlp()), batcher()
+
+    def no_thread(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    (waits,) = ask(joined, instance, torch.ones(1, 4))
+    monkeypatch.undo()
+    (later,) = ask(joined, instance, torch.ones(1, 4))
+    later.result()
+    waits.result()
+
+
 def test_leases_are_given_back_and_errors_counted() -> None:
     instance, joined = instance_of(RefusesNan()), batcher()
     good, bad = ask(joined, instance, torch.ones(1, 4), torch.full((1, 4), float("nan")))
