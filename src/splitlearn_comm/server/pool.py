@@ -37,7 +37,12 @@ class BoundedPool(ThreadPoolExecutor):
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Queue a piece of work, full or not."""
         self.enter()
-        future = super().submit(fn, *args, **kwargs)
+        try:
+            future = super().submit(fn, *args, **kwargs)
+        except RuntimeError:
+            # It has been shut down, or the system allows no further thread.
+            self.leave()
+            raise
         future.add_done_callback(lambda _: self.leave())
         return future
 
