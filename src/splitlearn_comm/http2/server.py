@@ -402,4 +402,7 @@ def _names(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
 def _peer(address: tuple[Any, ...]) -> str:
     """As gRPC writes addresses."""
     host, port = address[:2]
+    if host.startswith("::ffff:") and "." in host:
+        # By IPv4, at a socket that listens for both.
+        host = host.removeprefix("::ffff:")
     return f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"

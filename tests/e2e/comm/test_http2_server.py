@@ -261,6 +261,24 @@ class TestByGrpcsClient:
         assert ("first", "1") in call.initial_metadata()
         assert set(call.trailing_metadata()) == {("k", "v"), ("k-bin", b"\x00\xff")}
 
+    @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="no socket listens for both")
+    def test_a_peer_is_named_alike_wherever_it_is_listened_for(self) -> None:
+        """A caller by IPv4 was one by IPv6 for a server that listens for both."""
+        pool = BoundedPool("test", 1, 1)
+        kind = grpc.unary_unary_rpc_method_handler(lambda data, context: context.peer().encode())
+        handlers = grpc.method_handlers_generic_handler("test", {"Peer": kind})
+        for made in (grpc.server(pool), Server(pool, max_message_length=LIMIT, max_calls=4)):
+            made.add_generic_rpc_handlers((handlers,))
+            port = made.add_insecure_port("[::]:0")
+            made.start()
+            try:
+                with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+                    peer = channel.unary_unary("/test/Peer")(b"", timeout=PATIENCE_S)
+                    assert peer.startswith(b"ipv4:127.0.0.1:")
+            finally:
+                assert made.stop(0.0).wait(PATIENCE_S)
+        pool.shutdown(wait=False)
+
     def test_what_takes_a_call_over_may_name_a_version(self, lab: Lab) -> None:
         _, call = lab.channel.unary_unary("/test/Taken").with_call(b"x", timeout=PATIENCE_S)
         assert ("splitlearn-version", "v7") in call.trailing_metadata()
