@@ -43,13 +43,16 @@ class SplitlearnError(Exception):
     """Base of all errors raised by the manager.
 
     Args:
-        message: one or two sentences for a person: what is wrong, where, and what would help.
+        message: one or two sentences for a person: what is wrong, where, and what would help. What is
+            not Unicode in it (of a path, most likely) is escaped, so that it can be sent and kept anywhere.
         reason: overrides the class's reason where one class stands for several.
     """
 
     default_reason: ClassVar[str] = ""
 
     def __init__(self, message: str, *, reason: str | None = None) -> None:
+        if not message.isascii():
+            message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.message = message
         # A class's own word for itself, not one that it inherits: a subclass is another reason.

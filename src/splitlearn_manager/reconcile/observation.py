@@ -7,6 +7,7 @@ clock, which all processes share.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -28,7 +29,8 @@ class Observation:
         accepted_s: for each declared model, its spec's hash and when its file was accepted.
         sizes_mb: for each declared model whose files are there, its spec's hash and MB.
         measured: for each declared model that was loaded, what its loads measured.
-        base_dirs: for each instance, the directory that its relative paths start from.
+        base_dirs: for each instance, the directory that its relative paths start from, as text in JSON:
+            a path need not be Unicode.
         kept: what the node has accepted, as the text of its record.
     """
 
@@ -36,7 +38,7 @@ class Observation:
     accepted_s: Mapping[str, tuple[str, float]]
     sizes_mb: Mapping[str, tuple[str, float]]
     measured: Mapping[str, tuple[Measurement, ...]]
-    base_dirs: Mapping[str, str | None]
+    base_dirs: Mapping[str, str]
     kept: str
 
     @classmethod
@@ -58,8 +60,9 @@ class Observation:
             sizes_mb={m: (w.spec.spec_hash, w.mb) for m, w in wanted.items() if w.weights_ready},
             measured={model_id: found for model_id, found in measured.items() if found},
             base_dirs={
-                v.key: str(base) if (base := v.spec.config.base_dir) is not None else None
+                v.key: json.dumps(str(base))
                 for v in observed.snapshot.instances
+                if (base := v.spec.config.base_dir) is not None
             },
             kept=models_to_text(
                 {m: replace(r, history=(), measured=()) for m, r in kept.items()}
@@ -119,5 +122,5 @@ def from_json(data: bytes) -> Observation:
 
 
 def _rooted(view: InstanceView, base_dir: str | None) -> InstanceView:
-    config = view.spec.config.with_base_dir(base_dir)
+    config = view.spec.config.with_base_dir(None if base_dir is None else str(json.loads(base_dir)))
     return replace(view, spec=replace(view.spec, config=config))

@@ -175,7 +175,7 @@ def models_to_text(models: Mapping[str, ModelRecord]) -> bytes:
         f"{json.dumps(model_id)}: {json.dumps(_model_to_data(models[model_id]), ensure_ascii=False)}"
         for model_id in sorted(models)
     )
-    return f'{{"version": {VERSION}, "models": {{\n{lines}\n}}}}\n'.encode()
+    return _as_bytes(f'{{"version": {VERSION}, "models": {{\n{lines}\n}}}}\n')
 
 
 def models_from_text(data: bytes) -> tuple[dict[str, ModelRecord], tuple[str, ...]]:
@@ -230,7 +230,7 @@ def node_to_text(node: NodeRecord) -> bytes:
         "confirmed_prune": node.confirmed_prune,
         "leaving": list(node.leaving),
     }
-    return json.dumps(data, ensure_ascii=False).encode() + b"\n"
+    return _as_bytes(json.dumps(data, ensure_ascii=False) + "\n")
 
 
 def node_from_text(data: bytes) -> NodeRecord:
@@ -243,6 +243,12 @@ def node_from_text(data: bytes) -> NodeRecord:
     ):
         raise Unreadable("its keys have values of another kind")
     return NodeRecord(directory, confirmed, tuple(str(model_id) for model_id in leaving))
+
+
+def _as_bytes(text: str) -> bytes:
+    """JSON as UTF-8. Of a path that is not, a byte stands for itself as a lone surrogate, which UTF-8 has
+    no form for; what takes its place is the escape that JSON has, and is read as the same path."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _parse(data: bytes) -> dict[str, Any]:

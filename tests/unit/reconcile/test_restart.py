@@ -10,8 +10,11 @@ from collections.abc import Callable
 
 import pytest
 
+from splitlearn_manager.desired.source import DesiredSource
+from splitlearn_manager.reconcile.observation import from_json, to_json
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.store import Store
-from support.loop_lab import LoopLab
+from support.loop_lab import ROOT, SETTLE_S, LoopLab
 
 BROKEN = {"config": {"kwargs": {"broken": True}}}
 
@@ -264,3 +267,25 @@ def test_the_state_directory_may_be_deleted_while_the_node_runs() -> None:
     lab.start()
     lab.settle()
     assert lab.served().keys() == {"a"}
+
+
+def test_a_directory_whose_name_is_no_text_stops_no_turn_and_its_models_are_kept() -> None:
+    """A byte that is not UTF-8 in the name of one subdirectory concerns the models in it, and no others."""
+    lab = LoopLab()
+    odd = f"{ROOT}/caf\udce9"
+    lab.fs.mkdir(odd)
+    lab.write("a")
+    lab.fs.write(f"{odd}/b.yaml", b"model_id: b\nmodel_path: b.pt\n")
+    lab.fs.write(f"{odd}/b.pt", b"weights")
+    lab.fs.write(f"{odd}/c.yaml", b"model_id: c\nmodel_path: missing.pt\n")
+    lab.settle()
+    assert lab.served().keys() == {"a", "b"}
+    before = lab.end_state()
+    node = from_json(to_json(lab.loop.observe()))
+    elsewhere = Reconciler(DesiredSource(ROOT, lab.fs, SETTLE_S), lab.manager, lab.clock)
+    desired, made = elsewhere.preview(SETTLE_S, node)
+    assert (desired.models.keys(), made.actions) == ({"a", "b", "c"}, ())
+    lab.start()
+    lab.settle()
+    assert lab.end_state() == before
+    assert lab.loop.history("b")[0].outcome == "Ready"
