@@ -58,6 +58,8 @@ _INDEX = """splitlearn-manager
 """
 
 _WRITE_S = 10.0
+_DIGITS = 20
+"""So many digits are read of a number: with as many it is larger than any that means something."""
 
 
 class Rendering(Protocol):
@@ -139,11 +141,22 @@ def _of_model(path: str, states: States) -> Answer:
 
 def _events(query: str, states: States) -> Answer:
     asked = parse_qs(query)
-    after = asked.get("after", ["0"])[-1]
-    if not (after.isascii() and after.isdigit()):
-        return _error(HTTPStatus.BAD_REQUEST, f"after: expected a number, got {after!r}")
-    events, last = states.events(int(after), asked.get("model_id", [None])[-1])
+    asked_for = asked.get("after", ["0"])[-1]
+    after = _whole_number(asked_for)
+    if after is None:
+        return _error(HTTPStatus.BAD_REQUEST, f"after: expected a number, got {asked_for!r}")
+    events, last = states.events(after, asked.get("model_id", [None])[-1])
     return _json(HTTPStatus.OK, {"events": list(events), "next": last})
+
+
+def _whole_number(text: str) -> int | None:
+    """A number that a client wrote; None if it is none.
+
+    Python refuses to read thousands of digits, and takes others for digits that it cannot read.
+    """
+    if not (text.isascii() and text.isdigit()):
+        return None
+    return int(text.lstrip("0")[:_DIGITS] or "0")
 
 
 def _nothing_at(path: str) -> Answer:
@@ -234,13 +247,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _discard_body(self) -> None:
         """Reads a body that came with the request, so that the next request is found after it."""
-        length = self.headers.get("Content-Length", "0")
-        if "Expect" in self.headers or "Transfer-Encoding" in self.headers or not length.isdigit():
+        length = _whole_number(self.headers.get("Content-Length", "0"))
+        if "Expect" in self.headers or "Transfer-Encoding" in self.headers or length is None:
             self.close_connection = True
-        elif int(length) > MAX_REQUEST_BYTES:
+        elif length > MAX_REQUEST_BYTES:
             raise TooLarge
         else:
-            self.rfile.read(int(length))
+            self.rfile.read(length)
 
     def _send(self, found: Answer) -> None:
         self.send_response(found.status)

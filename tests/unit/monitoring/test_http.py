@@ -232,6 +232,13 @@ def test_a_serial_that_is_no_number_is_refused(server: MonitoringServer, after: 
     assert "after: expected a number" in str(reply.json())
 
 
+def test_a_serial_of_thousands_of_digits_is_one_that_was_never_given_out(
+    server: MonitoringServer,
+) -> None:
+    reply = ask(server, f"/api/v1/events?after={'9' * 5000}")
+    assert (reply.status, reply.json()) == (200, {"events": [], "next": 4})
+
+
 def test_the_index_names_every_path(server: MonitoringServer) -> None:
     reply = ask(server, "/")
 
@@ -443,8 +450,9 @@ def receive(connection: socket.socket) -> bytes:
         b"GET / HTTP/1.1\r\n" + b"X: " + b"x" * 200_000 + b"\r\n\r\n",
         b"GET /" + b"x" * 200_000 + b" HTTP/1.1\r\n\r\n",
         b"GET / HTTP/1.1\r\nContent-Length: 999999\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
     ],
-    ids=["header", "path", "body"],
+    ids=["header", "path", "body", "body that is larger than Python reads"],
 )
 def test_a_large_request_is_refused_and_the_client_is_told(
     server: MonitoringServer, sent: bytes
@@ -458,6 +466,14 @@ def test_a_large_request_is_refused_and_the_client_is_told(
 
     assert received.startswith(b"HTTP/1.1 431 ")
     assert b"a request may have 16384 bytes" in received
+
+
+def test_a_length_that_is_none_ends_the_connection_after_the_answer(
+    server: MonitoringServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    received = talk(server, b"GET /healthz HTTP/1.1\r\nContent-Length: \xb2\r\n\r\n")
+    assert received.startswith(b"HTTP/1.1 200 ")
+    assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
 
 @pytest.mark.parametrize("sent", [b"garbage\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"])
