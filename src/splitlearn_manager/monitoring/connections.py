@@ -31,6 +31,7 @@ MAX_REQUEST_BYTES = 16 * 1024
 _LINGER_S = 1.0
 _LINGER_BYTES = 2**20
 _STOP_WAIT_S = 5.0
+_FULL_PAUSE_S = 0.1
 
 
 class TooLarge(Exception):
@@ -101,6 +102,15 @@ class BoundedServer(ThreadingHTTPServer):
         socketserver.TCPServer.server_bind(self)
         host, port = self.server_address[:2]
         self.server_name, self.server_port = str(host), int(port)
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        try:
+            return super().get_request()
+        except OSError:
+            # Out of file descriptors: whoever comes stays at the door, and would be seen at once again.
+            with self._changed:
+                self._changed.wait(_FULL_PAUSE_S)
+            raise
 
     def process_request(
         self, request: socket.socket | tuple[bytes, socket.socket], client_address: object

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import logging
+import os
 import socket
+import socketserver
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -406,6 +409,29 @@ def test_silent_clients_block_nobody_however_many(node: Node) -> None:
         for connection in silent:
             connection.close()
         server.stop()
+
+
+def test_without_file_descriptors_whoever_comes_is_looked_for_after_pauses(
+    server: MonitoringServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    accept, wait = socketserver.TCPServer.get_request, threading.Condition.wait
+
+    def accepted(self: socketserver.TCPServer) -> tuple[Any, Any]:
+        if happened.count("full") == 3:
+            return accept(self)
+        happened.append("full")
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    def waited(self: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.current_thread().name == "monitoring-http":
+            happened.append("pause")
+        return wait(self, timeout)
+
+    monkeypatch.setattr(socketserver.TCPServer, "get_request", accepted)
+    monkeypatch.setattr(threading.Condition, "wait", waited)
+    assert ask(server, "/healthz").status == 200
+    assert happened[:6] == ["full", "pause"] * 3
 
 
 def test_a_client_that_dribbles_is_cut_off_at_the_deadline(
