@@ -152,7 +152,11 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     def process_request(self, request: object, client_address: object) -> None:
         assert isinstance(request, socket.socket)
         if self._places.acquire(blocking=False):
-            super().process_request(request, client_address)
+            try:
+                super().process_request(request, client_address)
+            except BaseException:
+                self._places.release()  # there is no thread that would
+                raise
             return
         with contextlib.suppress(OSError):
             message = f"{MOST_QUESTIONS} questions are being answered already; ask again later"

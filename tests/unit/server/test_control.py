@@ -248,6 +248,23 @@ def _answers(path: Path) -> bool:
         return False
 
 
+def test_questions_for_which_no_thread_can_be_started_keep_no_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_module, "MOST_QUESTIONS", 2)
+    with listening(tmp_path / "s", status=told) as path:
+        with monkeypatch.context() as m:
+            m.setattr(threading.Thread, "start", no_thread)
+            for _ in range(3):
+                with pytest.raises(NodeGone):
+                    ask(path, "status")
+        assert ask(path, "status") == {"asked": "status"}
+
+
+def no_thread(self: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
+
+
 def test_a_question_that_is_not_finished_in_time_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
