@@ -12,6 +12,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import TypeAlias
 
@@ -20,6 +21,7 @@ import torch
 
 from splitlearn_comm.core.compute_function import ComputeFunction, invoke, on_cpu
 from splitlearn_comm.core.errors import ComputeFailed, OutOfMemory
+from splitlearn_manager.config.files import write_atomically
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.verify import Verify
 from splitlearn_manager.errors import (
@@ -154,18 +156,16 @@ def write_golden(path: Path, golden: Golden) -> None:
     """Write the file, whole or not at all. Raises OSError."""
     named = {f"input.{n}": t for n, t in enumerate(golden.inputs)}
     named |= {f"output.{n}": t for n, t in enumerate(golden.outputs)}
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        if path.suffix == ".npz":
-            with beside.open("wb") as file:
-                np.savez(file, **{n: _for_numpy(t) for n, t in named.items()})  # type: ignore[arg-type]
-        else:
-            from safetensors.torch import save_file
+    if path.suffix == ".npz":
+        file = BytesIO()
+        np.savez(file, **{n: _for_numpy(t) for n, t in named.items()})  # type: ignore[arg-type]
+        data = file.getvalue()
+    else:
+        # Not `save_file`, whose errors do not say what the system's do.
+        from safetensors.torch import save
 
-            save_file({n: t.contiguous() for n, t in named.items()}, str(beside))
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+        data = save({n: t.contiguous() for n, t in named.items()})
+    write_atomically(path, data)
 
 
 def _for_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -170,6 +170,15 @@ def test_golden_answers_are_demanded(tmp_path: Path, name: str) -> None:
         judged(ModelComputeFunction(nn.Linear(5, 3)), asked, joins=False)
 
 
+@pytest.mark.parametrize("name", ["g.safetensors", "g.npz"])
+def test_golden_answers_that_cannot_be_written_are_an_error_of_the_system(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_golden(tmp_path / "missing" / name, record(linear(), [torch.randn(1, 4)]))
+    assert list(tmp_path.iterdir()) == []
+
+
 @given(
     off=st.floats(-1, 1, width=32),
     rtol=st.sampled_from([0.0, 1e-3, 0.1]),
