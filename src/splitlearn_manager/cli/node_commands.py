@@ -5,6 +5,7 @@ Exit codes: 0; 2 if no node could be asked, if there is no such model, or if the
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -232,7 +233,18 @@ def golden(
         print_data(answer, output)
         return
     print(answer.get("message"))
-    print(f"in the model's file, relative to it:\nverify:\n  golden: {target.name}")
+    print("\n".join(_how_to_name(target, node, model_id)))
+
+
+def _how_to_name(target: Path, node: RunningNode, model_id: str) -> Sequence[str]:
+    """The lines of the model's file that name a golden file: relative to it, if it lies in the directory."""
+    path, root = os.path.abspath(target), os.path.abspath(node.directory)
+    models = models_in(node.ask("status", models=[model_id]))
+    source = str(models[0].get("source") or "") if models else ""
+    if os.path.commonpath([path, root]) != root:
+        return ("in the model's file:", "verify:", f"  golden: {path}")
+    relative = os.path.relpath(path, os.path.dirname(os.path.join(root, source)))
+    return ("in the model's file, relative to it:", "verify:", f"  golden: {relative}")
 
 
 def models_in(answer: dict[str, object]) -> list[dict[str, object]]:

@@ -92,6 +92,29 @@ def test_status_of_an_unknown_id_is_an_error(fake: FakeNode, reconcile: Run) -> 
     assert done.err == "the node has no model 'brt': did you mean 'bert'?\n"
 
 
+# golden
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "named"),
+    [
+        ("bert.yaml", [], "bert.golden.safetensors"),
+        ("team/bert.yaml", [], "../bert.golden.safetensors"),
+        ("team/bert.yaml", ["-f", "desired/team/g.npz"], "g.npz"),
+        ("bert.yaml", ["-f", "elsewhere.npz"], "{here}/elsewhere.npz"),
+    ],
+)
+def test_golden_says_what_to_write_in_the_models_file(
+    fake: FakeNode, reconcile: Run, here: Path, source: str, options: list[str], named: str
+) -> None:
+    fake.models = [model("bert", source=source)]
+    fake.answers["golden"] = lambda question: {"message": "recorded"}
+    done = reconcile("golden", "bert", *options)
+    assert done.code == 0
+    assert done.out.splitlines()[-2:] == ["verify:", f"  golden: {named.format(here=here)}"]
+    assert ("relative to it" in done.out) == (not named.startswith("{here}"))
+
+
 # events
 
 
