@@ -201,10 +201,9 @@ def _configured_state_dir(directory: Path, server_file: Path | None) -> Path | N
     except OSError:
         return None
     try:
-        state_dir = ServerConfig.from_yaml(path).state_dir
+        return ServerConfig.from_yaml(path).resolved_state_dir
     except (ConfigError, OSError):
         return None
-    return path.parent / state_dir if state_dir is not None else None
 
 
 def _known_sockets() -> Iterable[Path]:

@@ -74,7 +74,7 @@ def test_a_node_is_found_by_another_way_to_its_directory(here: Path, reconcile: 
 
 
 def test_a_node_with_a_state_directory_of_its_own_is_found_by_its_signpost(
-    here: Path, reconcile: Run
+    here: Path, reconcile: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory, elsewhere = made(here / "desired"), made(here / "var") / "node.sock"
     answers: dict[str, Answer] = {
@@ -89,6 +89,9 @@ def test_a_node_with_a_state_directory_of_its_own_is_found_by_its_signpost(
     assert (done.code, "no node serves desired" in done.err) == (2, True)
     # Without a signpost the setting says where, be it in the directory's file or in another one.
     (directory / "server.yaml").write_text("state_dir: ../var\n")
+    assert "one" in reconcile("status").out
+    monkeypatch.setenv("HOME", str(here))
+    (directory / "server.yaml").write_text("state_dir: ~/var\n")
     assert "one" in reconcile("status").out
     (directory / "server.yaml").unlink()
     (here / "other.yaml").write_text("state_dir: var\n")
