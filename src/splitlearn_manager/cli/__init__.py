@@ -5,6 +5,7 @@ Only `run` and `once` load torch.
 
 from __future__ import annotations
 
+import io
 import sys
 
 _COMPLETION = ("--install-completion", "--show-completion")
@@ -14,6 +15,7 @@ def reconcile_main(args: list[str] | None = None) -> None:
     """Runs `reconcile` with the given arguments, by default the process's own."""
     from splitlearn_manager.cli.reconcile import reconcile_app
 
+    _print_anything()
     arguments = sys.argv[1:] if args is None else args
     if arguments[:1] and arguments[0] in _COMPLETION:
         # What a shell completes is the console script: `python -m …` is Python's to complete.
@@ -23,10 +25,18 @@ def reconcile_main(args: list[str] | None = None) -> None:
 
 def main() -> None:
     """The console script `splitlearn-manager`."""
+    _print_anything()
     arguments = sys.argv[1:]
     if arguments[:1] == ["reconcile"] and arguments[1:2] and arguments[1] in _COMPLETION:
         arguments = arguments[1:]
     _program(arguments)
+
+
+def _print_anything() -> None:
+    """What the locale has no character for is escaped: an arrow, or a name that is not UTF-8, must not end a
+    command in the middle, with an exit code that means something else."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _program(arguments: list[str]) -> None:

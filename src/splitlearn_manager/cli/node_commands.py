@@ -24,7 +24,7 @@ from splitlearn_manager.cli.app import (
 )
 from splitlearn_manager.cli.data import mappings, texts
 from splitlearn_manager.cli.finding import RunningNode, find_node, split_targets
-from splitlearn_manager.cli.render import Output, print_data, print_lines, show, width
+from splitlearn_manager.cli.render import Output, json_text, print_data, print_lines, show, width
 
 _POLL_S = 60.0
 # As wide as nearly all reasons.
@@ -273,7 +273,6 @@ def _tell(node: RunningNode, command: str, model_id: str, output: Output) -> Non
 
 
 def _show_events(found: list[dict[str, object]], output: Output, at_least: Sequence[int]) -> None:
-    import json
     import sys
 
     from splitlearn_manager.cli.status_view import event_lines
@@ -282,7 +281,7 @@ def _show_events(found: list[dict[str, object]], output: Output, at_least: Seque
         print_lines(event_lines(found, time.time(), at_least=at_least))
     elif output is Output.JSON:
         for event in found:
-            print(json.dumps(event, ensure_ascii=False))
+            print(json_text(event))
     else:
         for event in found:
             print("---")

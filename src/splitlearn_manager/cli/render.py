@@ -63,17 +63,37 @@ def show(lines: Iterable[Text], data: Mapping[str, object], output: Output) -> N
 def print_data(data: object, output: Output) -> None:
     """Prints data as JSON or YAML."""
     if output is Output.JSON:
-        print(json.dumps(data, indent=2, ensure_ascii=False))
+        print(json_text(data, indent=2))
         return
+    text = _yaml_text(data, allow_unicode=True)
+    sys.stdout.write(text if _is_printable(text) else _yaml_text(data, allow_unicode=False))
+
+
+def json_text(data: object, indent: int | None = None) -> str:
+    """Data as JSON that standard output has the characters for."""
+    text = json.dumps(data, indent=indent, ensure_ascii=False)
+    return text if _is_printable(text) else json.dumps(data, indent=indent)
+
+
+def _yaml_text(data: object, *, allow_unicode: bool) -> str:
     from ruamel.yaml import YAML
 
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
-    yaml.allow_unicode = True
+    yaml.allow_unicode = allow_unicode
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
     text = StringIO()
     yaml.dump(data, text)
-    sys.stdout.write(text.getvalue())
+    return text.getvalue()
+
+
+def _is_printable(text: str) -> bool:
+    """Whether standard output has all the characters."""
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def print_lines(lines: Iterable[Text]) -> None:

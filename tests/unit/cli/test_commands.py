@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from ruamel.yaml import YAML
 
 from splitlearn_manager.errors import ModelNotFound, SplitlearnError
 from splitlearn_manager.server.control import Question
-from support.command_line import Run, lines_of
+from support.command_line import COMMAND, Run, lines_of
 from support.fake_node import FakeNode, condition, model
 
 FAILED = {
@@ -351,3 +353,26 @@ def test_ctrl_c_exits_130_and_says_nothing(
     monkeypatch.setattr("splitlearn_manager.cli.node_commands.find_node", interrupted)
     done = reconcile("status")
     assert (done.code, done.out, done.err) == (130, "", "")
+
+
+# what is printed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_what_the_locale_has_no_character_for_ends_no_command(here: Path, encoding: str) -> None:
+    (here / "caf\udce9.yaml").write_text("model_id: 5\nmodel_path: \N{SNOWMAN}\n")
+
+    def validated(output: str) -> str:
+        done = subprocess.run(
+            [*COMMAND, "validate", ".", "-o", output],
+            capture_output=True,
+            timeout=60,
+            env={**os.environ, "PYTHONUTF8": "0", "PYTHONIOENCODING": encoding},
+        )
+        assert (done.returncode, done.stderr) == (2, b"")
+        return done.stdout.decode(encoding)
+
+    place = "caf\\udce9.yaml:1:11  model_id: expected text, got 5"
+    assert place in validated("table")
+    for data in (json.loads(validated("json")), YAML(typ="safe").load(validated("yaml"))):
+        assert [p["file"] for p in data["problems"]] == ["caf\\udce9.yaml"]
