@@ -21,7 +21,7 @@ from splitlearn_manager.cli.finding import (
     directory_or_default,
     looks_like_directory,
 )
-from splitlearn_manager.cli.render import Output
+from splitlearn_manager.cli.render import Output, without_commands
 from splitlearn_manager.logs import LogFormat
 
 ERROR = 2
@@ -106,7 +106,8 @@ Seconds = Annotated[
 def fail(message: str, code: int = ERROR) -> NoReturn:
     """Says what is wrong on standard error, and ends with that exit code."""
     sys.stdout.flush()
-    print(message, file=sys.stderr)
+    for line in message.split("\n"):
+        print(without_commands(line), file=sys.stderr)
     raise typer.Exit(code)
 
 

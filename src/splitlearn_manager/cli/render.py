@@ -7,6 +7,7 @@ looks anything up.
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -23,6 +24,10 @@ if TYPE_CHECKING:
 
 ANY_WIDTH = 10_000
 """The width of what is not a terminal: no line is ever broken for it."""
+
+
+_COMMANDS = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Control characters, line separators, and what changes the direction of the text around it."""
 
 
 class Output(StrEnum):
@@ -97,9 +102,23 @@ def _is_printable(text: str) -> bool:
 
 
 def print_lines(lines: Iterable[Text]) -> None:
+    """Prints lines. What would move the cursor, break a line or turn it round is shown by a sign instead:
+    the names of files, and what a model's code says, are not ours."""
     out = console()
     for line in lines:
+        if _COMMANDS.search(line.plain):
+            line.plain = without_commands(line.plain)
         out.print(line)
+
+
+def without_commands(text: str) -> str:
+    """A text with a sign in place of each character that is a command to a terminal; as long as before."""
+    return _COMMANDS.sub(_sign_for, text)
+
+
+def _sign_for(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    return chr(0x2400 + code) if code < 0x20 else "\ufffd"
 
 
 def console() -> Console:

@@ -376,3 +376,17 @@ def test_what_the_locale_has_no_character_for_ends_no_command(here: Path, encodi
     assert place in validated("table")
     for data in (json.loads(validated("json")), YAML(typ="safe").load(validated("yaml"))):
         assert [p["file"] for p in data["problems"]] == ["caf\\udce9.yaml"]
+
+
+def test_names_and_messages_move_no_cursor_and_break_no_line(
+    fake: FakeNode, reconcile: Run, here: Path
+) -> None:
+    name = "x\x1b[31m\ny\u202ez.yaml"
+    shown = "x␛[31m␊y\N{REPLACEMENT CHARACTER}z.yaml"
+    (here / name).write_text("model_id: 5\nmodel_path: a\n")
+    done = reconcile("validate", ".")
+    assert f"✗ {shown}:1:11  model_id: expected text, got 5\n" in done.out
+    fake.models = [model("bert", **{**FAILED, "message": "\x1b]0;title\x07 raised"})]
+    done = reconcile("wait", "bert")
+    assert done.code == 2
+    assert done.err.splitlines()[-1] == "  bert: LoadFailed: ␛]0;title␇ raised"
