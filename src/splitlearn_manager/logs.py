@@ -21,12 +21,22 @@ class LogFormat(StrEnum):
 
 
 def log_event(
-    log: logging.Logger, level: int, event: str, message: str = "", **fields: object
+    log: logging.Logger,
+    level: int,
+    event: str,
+    message: str = "",
+    *,
+    exc_info: BaseException | bool | None = None,
+    **fields: object,
 ) -> None:
-    """Logs `event=NAME key=value … msg=…`, ids first, in this order."""
+    """Logs `event=NAME key=value … msg=…`, ids first, in this order.
+
+    Args:
+        exc_info: an exception, or True for the one that is being handled: its traceback follows.
+    """
     everything = {"event": event, **fields, **({"msg": message} if message else {})}
     line = " ".join(f"{key}={_value(value)}" for key, value in everything.items())
-    log.log(level, "%s", line, extra={"fields": everything})
+    log.log(level, "%s", line, extra={"fields": everything}, exc_info=exc_info)
 
 
 def configure(level: str, form: LogFormat, write: Callable[[str, int], None] | None = None) -> None:

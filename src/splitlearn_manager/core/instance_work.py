@@ -166,7 +166,7 @@ class InstanceWork:
             self._discard(instance, running)
         except BaseException as error:
             # Whatever a loader raises, SystemExit included, ends this load and nothing else.
-            log.exception("event=LoaderRaised model=%s", instance.model_id)
+            log_event(log, logging.ERROR, "LoaderRaised", exc_info=True, model=instance.model_id)
             message = f"model {instance.model_id!r}: {type(error).__name__}: {error}"
             self._failed(instance, LoadError(message))
             self._discard(instance, running)
@@ -286,7 +286,7 @@ class InstanceWork:
     def _failed(self, instance: ManagedModel, error: SplitlearnError) -> None:
         if self._instances.fail(instance, error):
             if (cause := error.__cause__) is not None:
-                log.debug("event=LoadRaised model=%s", instance.model_id, exc_info=cause)
+                log_event(log, logging.DEBUG, "LoadRaised", exc_info=cause, model=instance.model_id)
             self.report(EventKind.LOAD_FAILED, instance, error.reason, error.message)
 
     def _discard(self, instance: ManagedModel, running: RunningModel | None) -> None:
@@ -305,7 +305,9 @@ class InstanceWork:
                 )
             except Exception:
                 # Not in this thread instead: closing may take long. `watch_time_limits` tries again.
-                log.exception("event=CloseNotStarted model=%s", instance.model_id)
+                log_event(
+                    log, logging.ERROR, "CloseNotStarted", exc_info=True, model=instance.model_id
+                )
                 self._instances.return_close(instance)
 
     def _close(self, instance: ManagedModel, running: RunningModel | None) -> None:
@@ -314,7 +316,7 @@ class InstanceWork:
             try:
                 running.close()
             except Exception:
-                log.exception("event=CloseFailed model=%s", instance.model_id)
+                log_event(log, logging.ERROR, "CloseFailed", exc_info=True, model=instance.model_id)
         following = self._instances.gone(instance)
         if was_ready:
             reason = instance.unload_reason

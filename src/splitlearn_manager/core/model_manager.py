@@ -55,6 +55,7 @@ from splitlearn_manager.errors import (
     RolloutSuperseded,
     SplitlearnError,
 )
+from splitlearn_manager.logs import log_event
 from splitlearn_manager.routing.table import RoutingTable
 from splitlearn_manager.runtime.system_memory import empty_caches
 
@@ -559,4 +560,4 @@ def _tell(listener: Callable[[], None]) -> None:
     try:
         listener()
     except Exception:
-        log.exception("event=ListenerFailed")
+        log_event(log, logging.ERROR, "ListenerFailed", exc_info=True)

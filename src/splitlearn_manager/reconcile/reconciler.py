@@ -28,6 +28,7 @@ from splitlearn_manager.core.rollout import Verdict
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
 from splitlearn_manager.desired.state import DesiredState, Instructions, Source
 from splitlearn_manager.errors import ModelUnavailable
+from splitlearn_manager.logs import log_event
 from splitlearn_manager.reconcile.acting import Told, carry_out, next_turn_s
 from splitlearn_manager.reconcile.actions import Action, Demand, Observed, Plan, Wanted
 from splitlearn_manager.reconcile.keeping import Keeper
@@ -201,10 +202,10 @@ class Reconciler:
                 if turn.next_s is not None:
                     delay_s = min(turn.next_s, self.resync_s)
             except Exception:
-                log.exception(
-                    'event=TurnFailed msg="a bug ended this turn; models go on serving, and the next turn '
-                    'starts afresh"'
+                message = (
+                    "a bug ended this turn; models go on serving, and the next turn starts afresh"
                 )
+                log_event(log, logging.ERROR, "TurnFailed", message, exc_info=True)
                 self._manager.hold(())  # for room that nobody is given as long as this goes on
                 self._on_error()
             with self._wake:

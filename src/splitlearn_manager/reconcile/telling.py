@@ -287,10 +287,10 @@ def _say_situation(fact: Facts, moment: Moment) -> None:
     else:
         said = situation(fact, moment)
     reason = why[0] if why is not None else ""
-    tries = {"failed": attempt.failures} if attempt is not None else {}
-    log_event(
-        log, logging.WARNING, "NotAsDeclared", said, model=fact.model_id, reason=reason, **tries
-    )
+    fields: dict[str, object] = {"model": fact.model_id, "reason": reason}
+    if attempt is not None:
+        fields["failed"] = attempt.failures
+    log_event(log, logging.WARNING, "NotAsDeclared", said, exc_info=None, **fields)
 
 
 def _awaiting_turn(

@@ -26,6 +26,7 @@ from splitlearn_comm.core.out_of_memory import telling_out_of_memory
 from splitlearn_comm.core.packed import Output, Rows, joined
 from splitlearn_comm.server.statuses import from_model_error, status_of
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.logs import log_event
 from splitlearn_manager.runtime.base import ComputesRows
 from splitlearn_manager.server.queues import Queue, Waiting
 
@@ -163,7 +164,7 @@ def end(how: Callable[P, None], *arguments: P.args, **named: P.kwargs) -> None:
     try:
         how(*arguments, **named)
     except Exception:
-        log.exception("event=NotAnswered")
+        log_event(log, logging.ERROR, "NotAnswered", exc_info=True)
 
 
 def answer(waiting: Waiting, output: Rows, computed_ms: float) -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from time import monotonic
 
 from splitlearn_manager.errors import ServerError, SplitlearnError
+from splitlearn_manager.logs import log_event
 from splitlearn_manager.monitoring.accepting import Acceptor
 
 log = logging.getLogger(__name__)
@@ -171,7 +172,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
             self._places.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        log.exception("event=ControlFailed")
+        log_event(log, logging.ERROR, "ControlFailed", exc_info=True)
 
 
 class _Handler(socketserver.BaseRequestHandler):
@@ -203,7 +204,7 @@ class _Handler(socketserver.BaseRequestHandler):
         except SplitlearnError as error:
             yield _error_line(error.reason, error.message)
         except Exception as error:
-            log.exception("event=ControlFailed")
+            log_event(log, logging.ERROR, "ControlFailed", exc_info=True)
             kind = type(error).__name__
             yield _error_line("InternalError", f"the node failed to answer ({kind}); see its log")
         else:

@@ -19,6 +19,7 @@ from splitlearn_comm.core.packed import Packed, Rows
 from splitlearn_comm.server.backend import Inference
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.model_manager import ModelManager
+from splitlearn_manager.logs import log_event
 from splitlearn_manager.server.batching import Batcher
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class _Followed:
         try:
             self._then(output.tensor().clone())  # type: ignore[operator]
         except Exception:
-            log.exception("event=ShadowFailed model=%s", model_id)
+            log_event(log, logging.ERROR, "ShadowFailed", exc_info=True, model=model_id)
 
 
 class _Shadow:

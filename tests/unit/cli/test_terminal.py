@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from io import StringIO
@@ -126,6 +127,23 @@ def test_a_long_line_of_the_log_is_one_line_when_it_is_copied(
     configure("INFO", LogFormat.TEXT, shown.screen.write)
     log_event(log, logging.INFO, "Loaded", "word " * 60)
     assert len(shown.text.splitlines()) == 1
+
+
+def test_the_traceback_of_an_event_follows_it_in_text_and_is_a_field_beside_it_in_json(
+    logging_restored: None,
+) -> None:
+    lines: list[str] = []
+    for form in (LogFormat.TEXT, LogFormat.JSON):
+        configure("INFO", form, lambda line, level: lines.append(line))
+        try:
+            raise ValueError("no")
+        except ValueError:
+            log_event(log, logging.ERROR, "LoaderRaised", "a bug", exc_info=True, model="m")
+    text, told = lines[0].splitlines(), json.loads(lines[1])
+    assert text[0].endswith('level=ERROR event=LoaderRaised model=m msg="a bug"')
+    assert text[-1] == "ValueError: no"
+    assert (told["event"], told["model"], told["msg"]) == ("LoaderRaised", "m", "a bug")
+    assert told["exception"].endswith("ValueError: no")
 
 
 def test_other_output_goes_between(shown: Shown, capsys: pytest.CaptureFixture[str]) -> None:

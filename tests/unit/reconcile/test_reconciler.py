@@ -417,8 +417,10 @@ def test_an_unexpected_error_ends_a_turn_and_not_the_loop(
         monkeypatch.undo()
         real.source.declare(model("a"), at=0.0)
         eventually(lambda: real.loop.status.phases.get("a") is Phase.READY, "the loop goes on")
-    assert "event=TurnFailed" in caplog.text
+    assert "event=TurnFailed msg=" in caplog.text
     assert "a bug in the source" in caplog.text
+    told = [getattr(record, "fields", {}) for record in caplog.records if record.exc_info]
+    assert {fields.get("event") for fields in told} == {"TurnFailed"}, "as JSON it is one too"
 
 
 def test_waking_makes_a_turn_due_at_once() -> None:
