@@ -258,6 +258,13 @@ def test_a_linked_directory_that_is_turned_to_another_checkout_is_followed(tmp_p
         eventually(lambda: len(node.find("event=Adjusted")) > adjusted, "the log level is back")
         assert len(node.find("event=RestartRequired")) == 1
 
+        # Without the file the defaults hold, as they will for the next start.
+        text = (link / "server.yaml").read_text()
+        (link / "server.yaml").unlink()
+        eventually(lambda: node.find("key=max_models value=5"), "the default is taken")
+        replace_file(link.resolve() / "server.yaml", text)
+        eventually(lambda: len(node.find("key=max_models value=4")) == 2, "the file is back")
+
         replace_file(tmp_path / "two" / "server.yaml", (link / "server.yaml").read_text())
         with Callers(node, "first") as callers:
             (tmp_path / "new").symlink_to("two")

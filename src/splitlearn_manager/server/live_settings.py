@@ -26,7 +26,20 @@ class LiveSettings:
         self._started_with = started_with
         self._current = started_with
         self._server = server
+        self._has_file = False
         self.restart_required: tuple[str, ...] = ()
+
+    def follow(self, config: ServerConfig | None) -> None:
+        """Takes over what the directory's server.yaml says; None: there is none, or none was seen as yet.
+
+        Without a file the defaults hold, as they will for the next start; but what the node was started with
+        stays until a file has been seen.
+        """
+        if config is not None:
+            self._has_file = True
+            self.apply(config)
+        elif self._has_file:
+            self.apply(ServerConfig())
 
     def apply(self, config: ServerConfig) -> None:
         """Takes over what differs from the settings in force."""

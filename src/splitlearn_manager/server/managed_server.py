@@ -447,8 +447,8 @@ class ManagedServer:
             log_event(log, logging.WARNING, "RequestsCut", message, model=event.model_id)
 
     def _after_turn(self, turn: Turn) -> None:
-        if self._live and turn.desired.server is not None:
-            self._settings.apply(turn.desired.server)
+        if self._live:
+            self._settings.follow(turn.desired.server)
         if self._watcher is not None and turn.looked:
             if (source := self.desired_source) is not None:
                 self._watcher.watch_paths(source.watch_paths())

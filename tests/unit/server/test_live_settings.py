@@ -115,6 +115,21 @@ def test_keys_that_are_put_back_wait_for_nothing(
     assert settings.restart_required == ()
 
 
+def test_without_its_file_the_defaults_are_in_force_once_there_was_one(
+    started_with: ServerConfig, server: ManagedServer, settings: LiveSettings
+) -> None:
+    settings.follow(None)
+    assert settings.restart_required == ()
+    settings.follow(changed(started_with, max_models=2, resync_s=3.0))
+    assert in_force(server, "max_models") == 2
+    settings.follow(None)
+    assert in_force(server, "max_models") == ServerConfig().max_models
+    assert in_force(server, "resync_s") == ServerConfig().resync_s
+    assert settings.restart_required == ("port", "metrics_port"), "it was started with others"
+    settings.follow(started_with)
+    assert settings.restart_required == ()
+
+
 def test_a_routing_class_that_does_not_exist_leaves_the_old_one_and_applies_the_rest(
     started_with: ServerConfig,
     server: ManagedServer,
