@@ -6,6 +6,7 @@ Only `run` and `once` load torch.
 from __future__ import annotations
 
 import io
+import os
 import sys
 
 _COMPLETION = ("--install-completion", "--show-completion")
@@ -34,7 +35,11 @@ def main() -> None:
 
 def _print_anything() -> None:
     """What the locale has no character for is escaped: an arrow, or a name that is not UTF-8, must not end a
-    command in the middle, with an exit code that means something else."""
+    command in the middle, with an exit code that means something else. What was closed goes nowhere."""
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
 

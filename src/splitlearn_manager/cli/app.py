@@ -5,6 +5,8 @@ Exit codes: 2 for whatever could not be done; what 0 and 1 mean, each command sa
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import sys
 from pathlib import Path
@@ -45,9 +47,17 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override]
         try:
-            return super().invoke(ctx)
+            try:
+                return super().invoke(ctx)
+            finally:
+                sys.stdout.flush()
         except (NodeError, NotFound) as error:
             fail(str(error))
+        except OSError as error:
+            if error.errno == errno.EPIPE or error.filename is not None:
+                raise
+            _give_up_output()
+            fail(f"the output cannot be written: {error.strerror or error}")
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
 
@@ -101,6 +111,14 @@ Logs = Annotated[
 Seconds = Annotated[
     float, typer.Option("--timeout", min=0.0, metavar="S", help="Longest wait, in seconds.")
 ]
+
+
+def _give_up_output() -> None:
+    """What could not be written would be tried once more as the process ends, with another exit code."""
+    with contextlib.suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def fail(message: str, code: int = ERROR) -> NoReturn:

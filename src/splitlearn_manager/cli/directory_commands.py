@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from typing import Annotated
 
@@ -90,6 +91,7 @@ def once(
     else:
         models = [dict(s) for s in statuses]
         print_data({"models": models, "problems": problem_data(desired.problems)}, output)
+    sys.stdout.flush()
     well = not desired.problems and all(s["phase"] == "Ready" for s in statuses)
     leave(0 if well else 1)
 

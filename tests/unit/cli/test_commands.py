@@ -378,6 +378,30 @@ def test_what_the_locale_has_no_character_for_ends_no_command(here: Path, encodi
         assert [p["file"] for p in data["problems"]] == ["caf\\udce9.yaml"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+@pytest.mark.parametrize(
+    ("output", "unbuffered"), [("table", ""), ("table", "1"), ("json", "1"), ("yaml", "")]
+)
+def test_what_cannot_be_written_is_an_error(here: Path, output: str, unbuffered: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "validate", ".", "-o", output],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        )
+    assert done.returncode == 2
+    assert done.stderr == "the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(("command", "code"), [("validate", 0), ("wait", 2), ("plan", 0)])
+def test_closed_outputs_change_no_exit_code(here: Path, command: str, code: int) -> None:
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "sh"]
+    assert subprocess.run([*closed, *COMMAND, command, "."], timeout=60).returncode == code
+
+
 def test_names_and_messages_move_no_cursor_and_break_no_line(
     fake: FakeNode, reconcile: Run, here: Path
 ) -> None:
