@@ -8,6 +8,7 @@ names the directory and what to type next.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -59,7 +60,7 @@ class RunningNode:
             raise NodeGone(
                 f"the node that serves {self.directory} (process {self.process_id}) ended before it "
                 f"had answered. Its log says why; to start it again: "
-                f"{program()} run {self.directory}"
+                f"{_run_command(self.directory)}"
             ) from None
         except NodeSilent as error:
             raise NodeSilent(_hung(self.directory, self.process_id, error)) from None
@@ -69,6 +70,11 @@ def program() -> str:
     """How this command line was called, to be typed again."""
     name = os.path.basename(sys.argv[0])
     return "splitlearn-manager reconcile" if name == "splitlearn-manager" else _module()
+
+
+def _run_command(directory: Path) -> str:
+    """The command that starts the node of a directory, as it can be typed."""
+    return f"{program()} run {shlex.quote(str(directory))}"
 
 
 def _module() -> str:
@@ -236,7 +242,7 @@ def _no_node(directory: Path, server_file: Path | None) -> str:
         if directory.exists():
             return str(problem)
         return f"{problem}, and no node serves it{_and_running(running_nodes())}"
-    start = f"To start one: {program()} run {directory}"
+    start = f"To start one: {_run_command(directory)}"
     return f"no node serves {directory}: {why}{_and_running(running_nodes())}. {start}"
 
 

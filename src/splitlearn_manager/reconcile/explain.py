@@ -7,6 +7,7 @@ decided elsewhere and decides nothing. What is served is explained here, what is
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -243,7 +244,7 @@ def _with_doubt(case: Case, found: Explanation) -> Explanation:
             "unloaded at once"
         )
         command = (
-            f"`splitlearn-manager reconcile apply {case.node.info.directory} "
+            f"`splitlearn-manager reconcile apply {shlex.quote(case.node.info.directory)} "
             f"--confirm-prune {guard.digest}`"
         )
         would_help = (*would_help, f"to let it go, with all that went with it: {command}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from splitlearn_manager.reconcile.conditions import Row
 from splitlearn_manager.reconcile.node_facts import NodeFacts
 
@@ -66,7 +68,7 @@ def _prune_guard(node: NodeFacts) -> Row:
     text = (
         f"no file declares {len(guard.model_ids)} of {guard.managed} models any more ({named}"
         f"{f' and {more} more' if more > 0 else ''}); none of them is unloaded; put their files back, or "
-        f"confirm with `apply {node.info.directory} --confirm-prune {guard.digest}`"
+        f"confirm with `apply {shlex.quote(node.info.directory)} --confirm-prune {guard.digest}`"
     )
     return Row(kind, "True", "AwaitsConfirmation", text)
 

@@ -155,6 +155,8 @@ def test_without_a_node_a_command_says_so_in_a_sentence(
     assert (done.code, done.out) == (2, "")
     socket_path = socket_of(state_dir_for("models"))
     assert done.err == (f"no node serves models: nobody listens on {socket_path}. {START} models\n")
+    made(here / "my models")
+    assert reconcile("status", "my models").err.endswith(f". {START} 'my models'\n")
 
 
 def test_a_node_that_crashed_is_said_to_have_ended(here: Path, reconcile: Run) -> None:

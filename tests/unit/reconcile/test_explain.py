@@ -396,6 +396,8 @@ def test_the_prune_guard_gives_both_ways_out() -> None:
         "--confirm-prune 3f1c0a9be2d4`",
     )
     assert found.because[0] == ("no file declares it, but 3 of 4 models would be unloaded at once")
+    spaced = replace(NODE, prune_guard=GUARD, info=replace(NODE.info, directory="/my models"))
+    assert " apply '/my models' --confirm-prune " in explain(facts, spaced, NOON).would_help[1]
 
 
 def test_suspended() -> None:

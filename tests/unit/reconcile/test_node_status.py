@@ -76,6 +76,8 @@ def test_the_prune_guard_names_what_it_holds_and_the_command() -> None:
         "no file declares 3 of 4 models any more (a, b, m); none of them is unloaded; put their "
         "files back, or confirm with `apply /desired --confirm-prune 3f1c0a9be2d4`"
     )
+    spaced = replace(NODE, prune_guard=GUARD, info=replace(NODE.info, directory="/my models"))
+    assert "`apply '/my models' --confirm-prune 3f1c0a9be2d4`" in of(spaced, "PruneGuard")[2]
     many = PruneGuard("0", tuple(f"m{n}" for n in range(9)), 9)
     assert "(m0, m1, m2, m3, m4 and 4 more)" in of(replace(NODE, prune_guard=many), "PruneGuard")[2]
 
