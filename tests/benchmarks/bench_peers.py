@@ -54,6 +54,7 @@ ALL_SYSTEMS = (
     "ours",
     "ours, streams",
     "ours, freeze",
+    "ours, directory",
     "mosec",
     "LitServe",
     "MLServer",
@@ -127,7 +128,7 @@ def free_port() -> int:
 
 
 @contextmanager
-def our_node(name: str, directory: Path, optimize: str = "none") -> Iterator[Serving]:
+def our_node(name: str, directory: Path, **keys: object) -> Iterator[Serving]:
     directory.mkdir()
     (directory / "models.py").write_text((HERE / "models.py").read_text())
     sizes = [list(tensor.shape) for tensor in models.inputs(name)]
@@ -141,8 +142,8 @@ def our_node(name: str, directory: Path, optimize: str = "none") -> Iterator[Ser
         "model_id": name,
         "model_path": f"models:{name}",
         "device": "cpu",
-        "optimize": optimize,
         "config": options,
+        **keys,
     }
     (directory / f"{name}.yaml").write_text(json.dumps(file))
     with Node(directory, {"max_models": 4}, environment=ONE_THREAD) as node:
@@ -367,7 +368,13 @@ def test_peers(tmp_path: Path) -> None:
                 ours = stack.enter_context(our_node(name, tmp_path / name))
                 up |= {system: ours for system in SYSTEMS if system in plain}
             if (system := "ours, freeze") in SYSTEMS:
-                node = our_node(name, tmp_path / f"{name}-freeze", "freeze")
+                node = our_node(name, tmp_path / f"{name}-freeze", optimize="freeze")
+                up[system] = stack.enter_context(node)
+            if (system := "ours, directory") in SYSTEMS and name in models.DIRECTORIES:
+                path, config = models.DIRECTORIES[name]
+                node = our_node(
+                    name, tmp_path / f"{name}-directory", model_path=path, config=config
+                )
                 up[system] = stack.enter_context(node)
             up |= start_peers(stack, name, tmp_path / f"peers-{name}", results)
             for system, serving in up.items():

@@ -166,7 +166,7 @@ class Running:
     def when_ended(self, tell: object) -> None:
         pass
 
-    joins = False
+    joins = joins_lengths = False
 
     def example(self) -> None:
         return None

@@ -70,7 +70,7 @@ class FakeRunning:
         self.activations: Activations | None = None
         self.notes: tuple[str, ...] = ()
         self.warmed = True
-        self.joins = False
+        self.joins = self.joins_lengths = False
         self.closed = False
         self.leases_at_close: int | None = None
 

@@ -13,6 +13,8 @@ from splitlearn_comm.core.packed import Packed, Rows
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.runtime.base import TakesSequences
+from splitlearn_manager.runtime.sequences import SequenceFunction
 from splitlearn_manager.server.batching import Batcher
 from support.fakes import FakeRunning, model
 
@@ -65,8 +67,9 @@ class OfModule(FakeRunning):
 
     def __init__(self, module: nn.Module, *, joins: bool, **keys: object) -> None:
         super().__init__(model("m", **keys), 1.0)
-        self.function = ModelComputeFunction(module)
-        self.joins = joins
+        takes_sequences = isinstance(module, TakesSequences)
+        self.function = (SequenceFunction if takes_sequences else ModelComputeFunction)(module)
+        self.joins, self.joins_lengths = joins, joins and takes_sequences
 
     @property
     def compute_function(self) -> ModelComputeFunction:

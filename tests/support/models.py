@@ -76,6 +76,15 @@ def tiny_gpt2(directory: Path, **keys: object) -> nn.Module:
     return save_random(GPT2LMHeadModel(GPT2Config(**{**sizes, **ids, **keys})), directory)
 
 
+def tiny_mistral(directory: Path) -> nn.Module:
+    """A random MistralForCausalLM of two layers, whose tokens see eight before them."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {**_encoder_sizes(), "max_position_embeddings": 64}
+    config = MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8, pad_token_id=0)
+    return save_random(MistralForCausalLM(config), directory)
+
+
 def tiny_t5_encoder(directory: Path) -> nn.Module:
     """A random T5EncoderModel: relative positions, padding id 0."""
     from transformers import T5Config, T5EncoderModel

@@ -46,6 +46,7 @@ _ANY_TIME = nullcontext()
 
 StandIn = Callable[[torch.Tensor], object]
 """Takes the converted input, and returns what the module would."""
+Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
 class ModelComputeFunction(ComputeFunction):
@@ -107,6 +108,11 @@ class ModelComputeFunction(ComputeFunction):
         return self._rule.vocabulary
 
     @property
+    def has_stand_in(self) -> bool:
+        """Whether something else answers in the module's place."""
+        return self._stand_in is not None
+
+    @property
     def trained_past_stand_in(self) -> bool:
         """Whether a step has ended what stood in for the module."""
         return self._trained_past_it
@@ -155,30 +161,58 @@ class ModelComputeFunction(ComputeFunction):
                 f"past_key_values were sent, but model {self.model_name!r} takes none"
             )
         long = self.overlaps
-        turn = self._turn if long else _ANY_TIME
         with torch.inference_mode(), lane_to(self.device, input_tensor, long=long) as lane:
             prepared = self._rule.convert(input_tensor, lane)
             past = None if past_key_values is None else self._sent(past_key_values, lane)
-            output: torch.Tensor | None = None
-            with turn, self._weights.read():
-                # A thread is busy while it waits for a short forward, and is not while it waits for the GIL.
-                clock = time.monotonic if long else time.thread_time
-                began_s = clock()
-                try:
-                    computed = self._inferred(prepared, past, use_cache)
-                    if not long:
-                        output = lane.fetch(computed.output)
-                finally:
-                    # Whoever comes next may replace the weights.
-                    lane.wait()
-                if self._on_gpu:
-                    # What is near the limit does not go to and fro.
-                    self.overlaps = clock() - began_s > (_LONG_S / 2 if long else _LONG_S)
-            if output is None:
-                output = lane.fetch(computed.output)
-            if computed.present is None:
+            output, present = self._run(
+                lambda: self._inferred(prepared, past, use_cache), lane, long=long
+            )
+            if present is None:
                 return output
-            return output, tuple((lane.fetch(k), lane.fetch(v)) for k, v in computed.present)
+            return output, tuple((lane.fetch(k), lane.fetch(v)) for k, v in present)
+
+    def compute_by(self, forward: Forward, values: torch.Tensor) -> torch.Tensor:
+        """Run `forward`, which is another way through the module itself, without autograd.
+
+        Args:
+            forward: takes the converted values, on the model's device, and returns a tensor there.
+            values: of any shape; as `input_tensor` of `compute` otherwise.
+
+        Raises:
+            InvalidRequest: if a value cannot be one of the model's integers.
+        """
+        self._graphs.drop_expired()
+        long = self.overlaps
+        with torch.inference_mode(), lane_to(self.device, values, long=long) as lane:
+            prepared = self._rule.convert_values(values, lane)
+            return self._run(lambda: Computed(forward(prepared)), lane, long=long)[0]
+
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises InvalidRequest if an input of that shape is none that the model takes."""
+        self._rule.check_shape(shape)
+
+    def _run(
+        self, forward: Callable[[], Computed], lane: Lane, *, long: bool
+    ) -> tuple[torch.Tensor, KeyValues | None]:
+        """Run a forward when it is its turn; the output is fetched, the cache is not."""
+        output: torch.Tensor | None = None
+        with self._turn if long else _ANY_TIME, self._weights.read():
+            # A thread is busy while it waits for a short forward, and is not while it waits for the GIL.
+            clock = time.monotonic if long else time.thread_time
+            began_s = clock()
+            try:
+                computed = forward()
+                if not long:
+                    output = lane.fetch(computed.output)
+            finally:
+                # Whoever comes next may replace the weights.
+                lane.wait()
+            if self._on_gpu:
+                # What is near the limit does not go to and fro.
+                self.overlaps = clock() - began_s > (_LONG_S / 2 if long else _LONG_S)
+        if output is None:
+            output = lane.fetch(computed.output)
+        return output, computed.present
 
     def forward_for_training(self, input_tensor: torch.Tensor, forward_id: str) -> torch.Tensor:
         """Run the model and keep the autograd graph for one `backward`.

@@ -46,20 +46,29 @@ class InputRule:
         Raises:
             InvalidRequest: if the shape does not fit, or a value cannot be one of the model's integers.
         """
-        self._check_shape(tensor)
+        self.check_shape(tensor.shape)
+        return self.convert_values(tensor, lane)
+
+    def convert_values(self, tensor: torch.Tensor, lane: Lane) -> torch.Tensor:
+        """As `convert`, for a tensor that need not have the shape of an input.
+
+        Raises:
+            InvalidRequest: if a value cannot be one of the model's integers.
+        """
         if self.takes_integers:
             self._check_integers(tensor)
         return lane.send(tensor, self.dtype)
 
-    def _check_shape(self, tensor: torch.Tensor) -> None:
+    def check_shape(self, shape: Sequence[int]) -> None:
+        """Raises InvalidRequest if an input of that shape is none that the model takes."""
         if self.shape is None:
             return
-        fits = len(tensor.shape) == len(self.shape) and all(
-            want in (-1, got) for got, want in zip(tensor.shape, self.shape, strict=True)
+        fits = len(shape) == len(self.shape) and all(
+            want in (-1, got) for got, want in zip(shape, self.shape, strict=True)
         )
         if not fits:
             raise InvalidRequest(
-                f"the input has shape {list(tensor.shape)}; "
+                f"the input has shape {list(shape)}; "
                 f"the model takes {list(self.shape)} (-1: any size)"
             )
 

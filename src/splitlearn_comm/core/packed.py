@@ -71,6 +71,13 @@ def joined(parts: Sequence[Packed], *, pinned: bool = False) -> torch.Tensor:
     return _of(owned, first.dtype, shape) if owned else torch.empty(shape, dtype=first.dtype)
 
 
+def strung(parts: Sequence[Packed]) -> torch.Tensor:
+    """All values of tensors of one dtype but bool, one behind the other: one dimension, copied once."""
+    owned = bytearray().join([part.data for part in parts])
+    dtype = parts[0].dtype
+    return torch.frombuffer(owned, dtype=dtype) if owned else torch.empty(0, dtype=dtype)
+
+
 def _filled(tensor: torch.Tensor, parts: Sequence[Packed]) -> torch.Tensor:
     memory, at = tensor.view(-1).view(torch.uint8).numpy().data, 0
     for part in parts:
@@ -100,6 +107,10 @@ class Output:
     def rows(self, first: int, count: int) -> Rows:
         """Those that answer one request of the batch."""
         return Rows(self, first, count)
+
+    def rows_as(self, first: int, count: int, shape: Sequence[int]) -> Rows:
+        """Rows that are an answer of that shape, of as many values."""
+        return Rows(self, first, count, shape)
 
     def whole(self) -> Rows:
         """All of it, whatever its shape."""
@@ -134,19 +145,30 @@ class Rows:
 
     Args:
         count: None for all of it.
+        shape: the answer's, where it is not that of so many rows.
     """
 
-    __slots__ = ("_count", "_first", "_output")
+    __slots__ = ("_count", "_first", "_output", "_shape")
 
-    def __init__(self, output: Output, first: int, count: int | None) -> None:
+    def __init__(
+        self,
+        output: Output,
+        first: int,
+        count: int | None,
+        shape: Sequence[int] | None = None,
+    ) -> None:
         self._output = output
         self._first = first
         self._count = count
+        self._shape = shape
 
     def tensor(self) -> torch.Tensor:
         """As a tensor, which shares the output's memory."""
         whole = self._output.tensor()
-        return whole if self._count is None else whole.narrow(0, self._first, self._count)
+        if self._count is None:
+            return whole
+        rows = whole.narrow(0, self._first, self._count)
+        return rows if self._shape is None else rows.reshape(tuple(self._shape))
 
     def view(self, codec: TensorCodec) -> tuple[bytes | memoryview, Sequence[int]]:
         """As `TensorCodec.view`; the bytes are valid as long as this object is.
@@ -160,10 +182,8 @@ class Rows:
         if self._count is None:
             return view, shape
         row = len(view) // shape[0]
-        return view[self._first * row : (self._first + self._count) * row], (
-            self._count,
-            *shape[1:],
-        )
+        mine = view[self._first * row : (self._first + self._count) * row]
+        return mine, (self._count, *shape[1:]) if self._shape is None else self._shape
 
 
 def _of(

@@ -36,7 +36,11 @@ def _one_to_data(measured: Measurement) -> dict[str, object]:
     if (activations := measured.activations) is not None:
         data["activations_mb"] = [list(line) for line in activations.lines]
     if (joining := measured.joining) is not None:
-        data["joining"] = {"joins": joining.joins, "note": joining.note}
+        data["joining"] = {
+            "joins": joining.joins,
+            "note": joining.note,
+            "lengths": joining.lengths,
+        }
     return data
 
 
@@ -56,9 +60,10 @@ def _one_from_data(data: Mapping[str, Any]) -> Measurement:
 
 
 def _joining(data: Any) -> Joining | None:
-    if data is None:
+    # What a release wrote that did not ask for lengths is found out anew.
+    if data is None or "lengths" not in data:
         return None
-    return Joining(data["joins"] is True, str(data["note"]))
+    return Joining(data["joins"] is True, str(data["note"]), lengths=data["lengths"] is True)
 
 
 def _mb(value: Any) -> float:

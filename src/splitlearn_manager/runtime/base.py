@@ -9,14 +9,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
     from splitlearn_comm.core import ComputeFunction
-    from splitlearn_comm.core.packed import Output, Packed
+    from splitlearn_comm.core.packed import Output, Packed, Rows
     from splitlearn_manager.config.model_config import ModelConfig
     from splitlearn_manager.errors import LoadError
 
@@ -69,11 +69,13 @@ class Joining:
         joins: they may, if their shapes are equal but for the first dimension.
         note: what was found, for people.
         lasts: it is so for as long as the version is the same.
+        lengths: short sequences may, whatever their lengths; see `splitlearn_manager.runtime.sequences`.
     """
 
     joins: bool
     note: str
     lasts: bool = True
+    lengths: bool = False
 
 
 class Loader(Protocol):
@@ -103,6 +105,43 @@ class ComputesRows(ABC):
         """
 
 
+class ComputesSequences(ABC):
+    """A compute function that takes sequences of several requests, whatever their lengths."""
+
+    @abstractmethod
+    def compute_sequences(self, parts: Sequence[Packed]) -> Sequence[Rows]:
+        """Run the model on all of them at a time; an answer to each part.
+
+        Args:
+            parts: [rows, seq] each, of one dtype but bool, with a token at least.
+
+        Raises:
+            ComputeError: as `ComputeFunction.compute` does.
+        """
+
+
+@runtime_checkable
+class TakesSequences(Protocol):
+    """A module that can answer sequences of different lengths in one row, if running it shows that it does.
+
+    Attributes:
+        answers_tokens: whether its answer has a row for each token, and not for each row of an input.
+        longest: the longest sequence that it takes; None for any.
+    """
+
+    answers_tokens: bool
+    longest: int | None
+
+    def forward_sequences(self, ids: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The answers to all inputs, in their order: [tokens, …] if `answers_tokens`, else [rows, …].
+
+        Args:
+            ids: [tokens]: those of all inputs, one behind the other.
+            shapes: of the inputs, [rows, seq] each.
+        """
+        ...
+
+
 class RunningModel(Protocol):
     """A model that answers requests until it is closed."""
 
@@ -129,6 +168,11 @@ class RunningModel(Protocol):
     @property
     def joins(self) -> bool:
         """Whether requests may be joined; False until `join` has said so."""
+        ...
+
+    @property
+    def joins_lengths(self) -> bool:
+        """Whether short sequences may be, whatever their lengths; False until `join` has said so."""
         ...
 
     @property

@@ -58,17 +58,17 @@ def _judged(
     joined: torch.Tensor,
     again: torch.Tensor,
 ) -> Joining:
-    rounding = _rounding(function)
+    rounding = rounding_of(function)
     if not all(bool(answer.isfinite().all()) for answer in alone):
         return _apart("its answers have values that are not finite, which cannot be compared")
-    if not _alike(alone[0], again, rounding):
+    if not alike(alone[0], again, rounding):
         return _apart("it answers the same input differently from call to call")
     if any(answer.dim() == 0 for answer in alone):
         return _apart("its output has no dimension of rows")
     together = torch.cat(list(alone)) if _fit(alone) else None
     if together is None or together.shape != joined.shape:
         return _apart("the first dimension of its output is not that of its input")
-    if not _alike(together, joined, rounding):
+    if not alike(together, joined, rounding):
         difference = (together.double() - joined.double()).abs().max().item()
         return _apart(f"rows that are joined are answered differently (by {difference:.3g})")
     return Joining(True, "requests of equal shape are joined into batches")
@@ -82,7 +82,8 @@ def _fit(answers: Sequence[torch.Tensor]) -> bool:
     return len({answer.shape[1:] for answer in answers}) == 1
 
 
-def _alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
+def alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
+    """Whether two answers are the same up to rounding, which is a part of the largest value."""
     if one.shape != other.shape or one.dtype is not other.dtype:
         return False
     if not one.is_floating_point():
@@ -94,8 +95,11 @@ def _alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
     return bool(torch.allclose(one.double(), other.double(), rtol=0.0, atol=rounding * scale))
 
 
-def _rounding(function: ModelComputeFunction) -> float:
-    """That of the coarsest dtype that the model computes in."""
+def rounding_of(function: ModelComputeFunction) -> float:
+    """How much two answers of a model may differ, as a part of the largest value.
+
+    By that of the coarsest dtype that the model computes in.
+    """
     dtypes = {p.dtype for p in function.model.parameters()} | {torch.float32}
     if function.computes_in is not None:
         dtypes.add(function.computes_in)

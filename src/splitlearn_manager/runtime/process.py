@@ -20,13 +20,19 @@ import torch
 from splitlearn_comm.core.compute_function import ComputeFunction, KeyValues, invoke, on_cpu
 from splitlearn_comm.core.deadlines import deadline_s
 from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
-from splitlearn_comm.core.packed import Output, Packed, joined
+from splitlearn_comm.core.packed import Output, Packed, Rows, joined, strung
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, LoadTimeout, ModelUnavailable, WorkerDied
-from splitlearn_manager.runtime.base import Activations, ComputesRows, Joining
+from splitlearn_manager.runtime.base import (
+    Activations,
+    ComputesRows,
+    ComputesSequences,
+    Joining,
+)
 from splitlearn_manager.runtime.channel import Closed, Message
 from splitlearn_manager.runtime.forward_message import can_be_told
 from splitlearn_manager.runtime.lent_weights import LentWeights
+from splitlearn_manager.runtime.sequences import answers
 from splitlearn_manager.runtime.thread import TRAINED
 from splitlearn_manager.runtime.worker_connection import Connection
 from splitlearn_manager.runtime.worker_errors import raised_in
@@ -143,7 +149,7 @@ class RunningInProcess:
         self.memory_mb = float(answer["weights_mb"])
         self.warmed = bool(answer["warmed"])
         self.overlaps = True
-        self.joins = False
+        self.joins = self.joins_lengths = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -168,11 +174,14 @@ class RunningInProcess:
     def find_joining(self) -> Joining:
         """Have the worker run a few forwards to find out whether requests may be joined."""
         found = self._function.ask({"op": "joining"})[0]
-        return Joining(bool(found["joins"]), str(found["note"]), bool(found["lasts"]))
+        return Joining(
+            bool(found["joins"]), str(found["note"]), bool(found["lasts"]), bool(found["lengths"])
+        )
 
     def join(self, joining: Joining) -> None:
         """Take over what was found."""
         self.joins = self._function.takes_turns = joining.joins
+        self.joins_lengths = joining.lengths
         self._notes = (*self._notes, joining.note)
 
     def measure_activations(self) -> Activations | None:
@@ -196,7 +205,7 @@ class RunningInProcess:
             self._release()
 
 
-class InWorker(ComputeFunction, ComputesRows):
+class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
     """The model of a worker, as a compute function: the same arguments, answers and errors.
 
     `trained` tells whether a step has ended what stood in for the module there. With `takes_turns`, one
@@ -261,12 +270,23 @@ class InWorker(ComputeFunction, ComputesRows):
         # Other bytes than 0 and 1 are no bools yet.
         if first.dtype is torch.bool or not can_be_told(first.dtype, shape) or not any(pieces):
             return Output(on_cpu(invoke(self, joined(parts)).output))
-        _, answers = self._called(
+        _, answered = self._called(
             lambda connection, timeout_s: connection.forward(
                 pieces, first.dtype, shape, turn=self.takes_turns, timeout_s=timeout_s
             )
         )
-        return Output(answers[0])
+        return Output(answered[0])
+
+    def compute_sequences(self, parts: Sequence[Packed]) -> Sequence[Rows]:
+        """As `ComputesSequences.compute_sequences`."""
+        shapes = [part.shape for part in parts]
+        message = {
+            "op": "compute_sequences",
+            "shapes": [list(shape) for shape in shapes],
+            "turn": self.takes_turns,
+        }
+        answer, (output,) = self.ask(message, (strung(parts),))
+        return answers(Output(output), shapes, of_tokens=bool(answer["of_tokens"]))
 
     def ask(
         self, message: Message, tensors: Sequence[torch.Tensor] = ()

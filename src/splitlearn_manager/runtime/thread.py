@@ -18,8 +18,15 @@ from splitlearn_comm.core import ComputeFunction, ModelComputeFunction
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, ModelUnavailable
 from splitlearn_manager.runtime.activations import measure_activations
-from splitlearn_manager.runtime.base import Activations, Joining, LoadedModel, Loader
+from splitlearn_manager.runtime.base import (
+    Activations,
+    Joining,
+    LoadedModel,
+    Loader,
+    TakesSequences,
+)
 from splitlearn_manager.runtime.joining import random_input, try_joining
+from splitlearn_manager.runtime.sequences import SequenceFunction, try_lengths
 from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
 from splitlearn_manager.runtime.warmup import warm_up
 
@@ -116,7 +123,8 @@ def _compute_function(
     import torch
 
     name = config.config.input_dtype
-    return ModelComputeFunction(
+    takes_sequences = isinstance(loaded.module, TakesSequences)
+    return (SequenceFunction if takes_sequences else ModelComputeFunction)(
         loaded.module,
         device,
         config.model_id,
@@ -149,7 +157,7 @@ class RunningInThreads:
         self._notes = notes
         self.memory_mb = loaded.weights_mb
         self.warmed = answered is not None
-        self.joins = False
+        self.joins = self.joins_lengths = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -201,13 +209,16 @@ class RunningInThreads:
 
     def find_joining(self) -> Joining:
         """Run a few forwards to find out whether requests may be joined."""
-        found = try_joining(self._open(), self._answered, self._config.batch_size)
+        function = self._open()
+        found = try_joining(function, self._answered, self._config.batch_size)
+        if found.joins and isinstance(function, SequenceFunction):
+            found = try_lengths(function, found)
         trim_heap()
         return found
 
     def join(self, joining: Joining) -> None:
         """Take over what was found."""
-        self.joins = joining.joins
+        self.joins, self.joins_lengths = joining.joins, joining.lengths
         self._notes = (*self._notes, joining.note)
 
     def when_ended(self, tell: Callable[[LoadError], None]) -> None:

@@ -27,7 +27,7 @@ from splitlearn_comm.core.packed import Output, Rows, joined
 from splitlearn_comm.server.statuses import from_model_error, status_of
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.runtime.base import ComputesRows
+from splitlearn_manager.runtime.base import ComputesRows, ComputesSequences
 from splitlearn_manager.server.queues import Queue, Waiting
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ class BatchRunner:
             # BaseException, because a model that calls sys.exit() would otherwise leave its callers waiting.
             return self._after_failure(queue, batch, error)
         computed_ms = (self._clock() - began_s) * 1000
+        if not isinstance(output, Output):
+            return [(w, answer, computed_ms) for w, answer in zip(batch, output, strict=True)]
         if alone:
             return [(batch[0], output.whole(), computed_ms)]
         if not output.shape or output.shape[0] != rows:
@@ -109,7 +111,8 @@ class BatchRunner:
         return [answer for waiting in batch for answer in self.run(queue, [waiting])]
 
 
-def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> Output:
+def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> Output | Sequence[Rows]:
+    """What the model answers: all in one, or to each request where they have not one shape."""
     running = instance.running
     if running is None:
         raise NotReady(f"model {instance.model_id!r} is being unloaded")
@@ -119,6 +122,12 @@ def _output(instance: ManagedModel, batch: Sequence[Waiting], rows: int) -> Outp
     with working_for(remaining_s), telling_out_of_memory(instance.model_id, shape):
         function = running.compute_function
         parts = [waiting.packed for waiting in batch]
+        if any(part.shape[1:] != parts[0].shape[1:] for part in parts):
+            if not isinstance(function, ComputesSequences):
+                raise TypeError(
+                    f"{type(function).__name__} takes no sequences of different lengths"
+                )
+            return function.compute_sequences(parts)
         if isinstance(function, ComputesRows):
             return function.compute_rows(parts)
         tensor = joined(parts, pinned=function.overlaps)

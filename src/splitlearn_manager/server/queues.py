@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from math import prod
+
+import torch
 
 from splitlearn_comm.core.packed import Packed
 from splitlearn_comm.server.backend import Inference
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.runtime.sequences import LONGEST, MOST_TOGETHER
 
 _WEIGHT_OF_LAST = 0.2
 CPU = "cpu"
+ENOUGH_TOKENS = 128
+"""Sequences of one length with so many tokens are a batch by themselves: to add others would gain less than
+it costs to keep them apart."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +36,19 @@ class Waiting:
         shape = self.packed.shape
         return shape[0] if shape else 0
 
+    @property
+    def tokens(self) -> int:
+        """The values in it."""
+        return prod(self.packed.shape)
+
+    @property
+    def is_short_sequence(self) -> bool:
+        """Whether it may be joined with sequences of other lengths, if its model's may."""
+        shape = self.packed.shape
+        if self.packed.dtype is torch.bool:
+            return False
+        return len(shape) == 2 and shape[0] > 0 and 0 < shape[1] <= LONGEST
+
     def goes_with(self, other: Waiting) -> bool:
         """Whether the two may be in one batch."""
         mine, others = self.packed, other.packed
@@ -42,6 +62,7 @@ class Queue:
     Attributes:
         running: forwards under way.
         joins: whether its requests may be joined.
+        joins_lengths: whether short sequences may be, whatever their lengths.
         request_s: what a request takes of a forward, in seconds, of late; None before the first.
         had_s: the time that it has had, by its weight; see `splitlearn_manager.server.fairness`.
         where: the device whose forwards its own count among; what is not on a GPU takes the processor.
@@ -49,6 +70,7 @@ class Queue:
 
     instance: ManagedModel
     joins: bool
+    joins_lengths: bool = False
     waiting: deque[Waiting] = field(default_factory=deque)
     running: int = 0
     request_s: float | None = None
@@ -103,7 +125,10 @@ class Queue:
         return first.came_s + delay_ms / 1000
 
     def take(self) -> list[Waiting]:
-        """The next batch: the first request, and those that go with it, in their order."""
+        """The next batch: the first request, and those that go with it, in their order.
+
+        Where those are few, short sequences of other lengths fill it.
+        """
         first = self.waiting.popleft()
         batch, rows = [first], first.rows
         if not self.joins or not rows or not self.waiting:
@@ -122,13 +147,41 @@ class Queue:
                 rows += other.rows
         left.extend(self.waiting)
         self.waiting = left
+        if self.joins_lengths and self.waiting:
+            self._fill(batch, rows)
         return batch
+
+    def _fill(self, batch: list[Waiting], rows: int) -> None:
+        """Add sequences of other lengths to a batch of one length, those first that have waited longest."""
+        first, tokens = batch[0], sum(waiting.tokens for waiting in batch)
+        if not first.is_short_sequence or tokens >= ENOUGH_TOKENS:
+            return
+        left: deque[Waiting] = deque()
+        passed: set[tuple[int, ...]] = set()
+        for other in self.waiting:
+            shape = other.packed.shape
+            if (
+                other.is_short_sequence
+                and other.packed.dtype is first.packed.dtype
+                and shape[1:] not in passed
+                and rows + other.rows <= self.largest
+                and tokens + other.tokens <= MOST_TOGETHER
+            ):
+                batch.append(other)
+                rows, tokens = rows + other.rows, tokens + other.tokens
+            else:
+                # Others of its length must not overtake it.
+                passed.add(shape[1:])
+                left.append(other)
+        self.waiting = left
 
 
 def queue_of(instance: ManagedModel) -> Queue:
     """The queue of an instance, kept with it for as long as it lives."""
     queue = instance.queue
     if not isinstance(queue, Queue):
-        joins = instance.running is not None and instance.running.joins
-        queue = instance.queue = Queue(instance, joins)
+        running = instance.running
+        joins = running is not None and running.joins
+        joins_lengths = running is not None and running.joins_lengths
+        queue = instance.queue = Queue(instance, joins, joins_lengths)
     return queue

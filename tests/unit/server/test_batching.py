@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -97,6 +98,50 @@ def test_one_bad_request_fails_alone() -> None:
     assert torch.equal(asked[2].result(), torch.full((2, 4), 2.0))
     with pytest.raises(ComputeFailed, match="model 'm' raised ValueError: NaN"):
         asked[1].result()
+
+
+class Doubles(nn.Module):
+    """Takes sequences, and refuses a sum of seven; `open` holds it up, as `Gate` does."""
+
+    answers_tokens, longest, input_dtype = True, None, torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate(nn.Identity())
+        self.lengths: list[list[int]] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.gate(x)
+        self.lengths.append([x.shape[1]] * x.shape[0])
+        if x.sum() == 7:
+            raise ValueError("seven")
+        return x * 2
+
+    def forward_sequences(self, ids: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        parts = ids.split([rows * length for rows, length in shapes])
+        self.lengths.append([length for rows, length in shapes for _ in range(rows)])
+        if any(part.sum() == 7 for part in parts):
+            raise ValueError("seven")
+        return ids * 2
+
+
+def test_sequences_of_different_lengths_are_one_batch_and_get_their_own_answers() -> None:
+    module = Doubles()
+    tensors = [torch.randn(rows, length) for rows, length in ((1, 3), (2, 5), (1, 3), (3, 1))]
+    asked = behind(module.gate, batcher(), instance_of(module), *tensors)
+    for one, tensor in zip(asked, tensors, strict=True):
+        assert torch.equal(one.result(), tensor * 2)
+    assert module.lengths == [[4], [3, 3, 5, 5, 1, 1, 1]]
+
+
+def test_one_bad_sequence_among_others_fails_alone() -> None:
+    module = Doubles()
+    bad = torch.full((1, 7), 1.0)
+    asked = behind(module.gate, batcher(), instance_of(module), torch.ones(1, 3), bad)
+    assert torch.equal(asked[0].result(), torch.full((1, 3), 2.0))
+    with pytest.raises(ComputeFailed, match="model 'm' raised ValueError: seven"):
+        asked[1].result()
+    assert module.lengths == [[4], [3, 7], [3], [7]]
 
 
 def test_whoever_is_gone_costs_no_forward() -> None:

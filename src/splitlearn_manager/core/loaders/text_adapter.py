@@ -8,6 +8,9 @@ answers as it would alone, whatever it is padded with and on whichever side.
   exported model is one for all values, so it always gets the mask, and positions.
 - A row padded on its left also needs position_ids that begin at its first token, unless the model counts
   positions relatively, or from the ids themselves as RoBERTa and its kin do.
+- Sequences of different lengths can be answered in one row, one behind the other, where each sees itself only
+  and has its own positions: no work is done for padding, and more for attention, which is little as long as
+  they are short. Whether a model answers them as it does alone is found out by running it.
 - With a key/value cache nothing can say which of the cached positions were padding. So a batch of several
   rows with padding cannot ask for a cache, and a single row is taken as it is, without padding.
 """
@@ -56,6 +59,14 @@ def positions(mask: torch.Tensor) -> torch.Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
+def _counted_within(row_of: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """[tokens]: how many so far in its row, of those that count, the token itself included."""
+    counted = counts.long().cumsum(0)
+    first = torch.ones_like(counts, dtype=torch.bool)
+    first[1:] = row_of[1:] != row_of[:-1]
+    return counted - (counted - counts.long())[first][row_of]
+
+
 def mean_over_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """[batch, seq, hidden] → [batch, hidden]; padding does not count."""
     if mask is None:
@@ -63,6 +74,15 @@ def mean_over_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     # Filled, not multiplied: what a model computes for padding may be NaN.
     summed = hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
     return summed / mask.sum(1, keepdim=True).to(hidden.dtype)
+
+
+def _means_of_rows(
+    hidden: torch.Tensor, row_of: torch.Tensor, mask: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """[tokens, hidden] → [rows, hidden]: as `mean_over_tokens`, of rows that lie behind one another."""
+    summed = hidden.new_zeros(rows, hidden.shape[-1])
+    summed.index_add_(0, row_of, hidden.masked_fill(~mask.unsqueeze(-1), 0))
+    return summed / torch.bincount(row_of[mask], minlength=rows).unsqueeze(-1).to(hidden.dtype)
 
 
 def counts_positions_from_ids(model: nn.Module) -> bool:
@@ -86,11 +106,18 @@ class _CacheLayer(Protocol):
 class _TokenModel(Adapter):
     """A transformers model that reads token ids, [batch, seq].
 
+    Attributes:
+        answers_tokens: whether its answer has a value, or several, for each token.
+        longest: the longest sequence that it takes; None for any.
+
     Args:
         model: a PreTrainedModel whose main input is input_ids.
         pad_token_id: the id that marks padding; None if there is none.
         max_length: longest sequence that the model or its config takes; None for any.
     """
+
+    looks_back = False
+    """Whether a token sees those before it only."""
 
     def __init__(
         self,
@@ -104,10 +131,85 @@ class _TokenModel(Adapter):
         self.options = options
         self.pad_token_id = pad_token_id
         self.vocab_size = vocab_size
+        self.answers_tokens = options.output != MEAN_POOLED
+        self.longest = options.max_length
         names = inspect.signature(model.forward).parameters
+        from_ids = counts_positions_from_ids(model)
         self._takes_mask = "attention_mask" in names
-        self._takes_positions = "position_ids" in names and not counts_positions_from_ids(model)
+        self._takes_positions = "position_ids" in names and not from_ids
+        self._can_be_told_positions = "position_ids" in names
+        self._counts_from_ids = from_ids
         self.example_shapes = ((1, min(8, options.max_length or 8)),)
+
+    def forward_sequences(self, ids: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """The answers to several inputs, of different lengths, in one row.
+
+        Args:
+            ids: [tokens], int64: those of all inputs, one behind the other.
+            shapes: of the inputs, [rows, seq] each; at least one token in all.
+
+        Returns:
+            [tokens, …] if `answers_tokens`, else [rows, …] of all inputs.
+
+        Raises:
+            InvalidRequest: a sequence is too long.
+        """
+        lengths = [length for rows, length in shapes for _ in range(rows)]
+        check_length(max(lengths), self.options.max_length)
+        row_of = torch.repeat_interleave(
+            torch.arange(len(lengths)), torch.tensor(lengths), output_size=ids.numel()
+        ).to(ids.device)
+        mask = self._mask_of_each(ids, shapes)
+        arguments: dict[str, object] = {
+            "attention_mask": self._attention_within(row_of, mask, ids.device)
+        }
+        if self._can_be_told_positions:
+            arguments["position_ids"] = self._positions_within(ids, row_of, mask)[None]
+        returned = self.module(input_ids=ids[None], **arguments, **self._fixed_without_cache())
+        if self.answers_tokens:
+            output = choose_output(returned, self.options.output)
+            if output.dim() < 2 or tuple(output.shape[:2]) != (1, ids.numel()):
+                raise InvalidModel("the output is not one of tokens")
+            return output[0]
+        return _means_of_rows(self._hidden(returned)[0], row_of, mask, len(lengths))
+
+    def _mask_of_each(self, ids: torch.Tensor, shapes: Sequence[Sequence[int]]) -> torch.Tensor:
+        """[tokens], as `token_mask` of each input."""
+        if self.pad_token_id is None or not bool((ids == self.pad_token_id).any()):
+            return torch.ones_like(ids, dtype=torch.bool)
+        parts = torch.split(ids, [rows * length for rows, length in shapes])
+        return torch.cat(
+            [
+                token_mask(part.view(*shape), self.pad_token_id).flatten()
+                for part, shape in zip(parts, shapes, strict=True)
+            ]
+        )
+
+    def _attention_within(
+        self, row_of: torch.Tensor, mask: torch.Tensor, device: torch.device
+    ) -> torch.Tensor:
+        """[1, 1, tokens, tokens]: 0 where a token looks at another one, the least value where it does not."""
+        seen = (row_of[:, None] == row_of[None, :]) & mask[None, :]
+        if self.looks_back:
+            seen = seen.tril()
+        dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
+        dtype = dtype or torch.float32
+        hidden = torch.zeros(seen.shape, dtype=dtype, device=device)
+        return hidden.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+    def _positions_within(
+        self, ids: torch.Tensor, row_of: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """[tokens]: those that the model gives a token where its row is alone."""
+        if self._counts_from_ids and self.pad_token_id is not None:
+            tokens = ids != self.pad_token_id
+            return _counted_within(row_of, tokens) * tokens + self.pad_token_id
+        # Padding before the first token does not count; behind the last one it does.
+        counts = mask | (_counted_within(row_of, mask) > 0)
+        return (_counted_within(row_of, counts) - 1).clamp(min=0)
+
+    def _fixed_without_cache(self) -> dict[str, object]:
+        return {"use_cache": False, **self._fixed()} if self.looks_back else self._fixed()
 
     def _answer(self, x: torch.Tensor) -> torch.Tensor:
         self._check(x)
@@ -149,13 +251,16 @@ class _TokenModel(Adapter):
     def _choose(self, returned: object, mask: torch.Tensor | None) -> torch.Tensor:
         if self.options.output != MEAN_POOLED:
             return choose_output(returned, self.options.output)
+        return mean_over_tokens(self._hidden(returned), mask)
+
+    def _hidden(self, returned: object) -> torch.Tensor:
         outputs = named_outputs(returned)
         if "last_hidden_state" not in outputs:
             raise InvalidModel(
                 "config.output is mean_pooled, which needs the output last_hidden_state; "
                 f"the model returns {', '.join(outputs)}"
             )
-        return mean_over_tokens(outputs["last_hidden_state"], mask)
+        return outputs["last_hidden_state"]
 
 
 class TextAdapter(_TokenModel):
@@ -168,6 +273,8 @@ class TextAdapter(_TokenModel):
 
 class CausalTextAdapter(_TokenModel):
     """A decoder, which can go on from the keys and values of earlier calls."""
+
+    looks_back = True
 
     def forward(
         self,
