@@ -26,36 +26,37 @@ class LiveSettings:
         self._started_with = started_with
         self._current = started_with
         self._server = server
-        self._has_file = False
+        self._without_file: ServerConfig | None = None
         self.restart_required: tuple[str, ...] = ()
 
     def follow(self, config: ServerConfig | None) -> None:
         """Takes over what the directory's server.yaml says; None: there is none, or none was seen as yet.
 
-        Without a file the defaults hold, as they will for the next start; but what the node was started with
-        stays until a file has been seen.
+        When the file goes, what holds is what will after the next start: the defaults, if the node was
+        started with what its file said, else the settings that code has given it.
         """
-        if config is not None:
-            self._has_file = True
-            self.apply(config)
-        elif self._has_file:
-            self.apply(ServerConfig())
+        if config is None:
+            if self._without_file is not None:
+                self.apply(self._without_file)
+            return
+        if self._without_file is None:
+            is_its_own = not _differing(config, self._started_with)
+            self._without_file = ServerConfig() if is_its_own else self._started_with
+        self.apply(config)
 
     def apply(self, config: ServerConfig) -> None:
         """Takes over what differs from the settings in force."""
         if config == self._current:
             return
         before, self._current = self._current, config
-        changed = [k for k in ServerConfig.model_fields if getattr(before, k) != getattr(config, k)]
+        changed = _differing(config, before)
         # The strategy may be refused.
         for key in sorted(LIVE_KEYS.intersection(changed) - {"routing"}):
             log_event(log, logging.INFO, "SettingChanged", key=key, value=getattr(config, key))
         if self._apply_live(config) and "routing" in changed:
             log_event(log, logging.INFO, "SettingChanged", key="routing", value=config.routing)
         waiting = tuple(
-            key
-            for key in ServerConfig.model_fields
-            if key not in LIVE_KEYS and getattr(config, key) != getattr(self._started_with, key)
+            key for key in _differing(config, self._started_with) if key not in LIVE_KEYS
         )
         if waiting != self.restart_required and waiting:
             message = "these keys apply at the next start; until then the old values hold"
@@ -83,3 +84,8 @@ class LiveSettings:
             log_event(log, logging.ERROR, "SettingRefused", message, key="routing")
             return False
         return True
+
+
+def _differing(one: ServerConfig, other: ServerConfig) -> list[str]:
+    """The keys that the two have other values of."""
+    return [k for k in ServerConfig.model_fields if getattr(one, k) != getattr(other, k)]

@@ -120,6 +120,7 @@ def test_without_its_file_the_defaults_are_in_force_once_there_was_one(
 ) -> None:
     settings.follow(None)
     assert settings.restart_required == ()
+    settings.follow(started_with)
     settings.follow(changed(started_with, max_models=2, resync_s=3.0))
     assert in_force(server, "max_models") == 2
     settings.follow(None)
@@ -127,6 +128,16 @@ def test_without_its_file_the_defaults_are_in_force_once_there_was_one(
     assert in_force(server, "resync_s") == ServerConfig().resync_s
     assert settings.restart_required == ("port", "metrics_port"), "it was started with others"
     settings.follow(started_with)
+    assert settings.restart_required == ()
+
+
+def test_without_its_file_what_code_has_given_is_in_force_again(
+    started_with: ServerConfig, server: ManagedServer, settings: LiveSettings
+) -> None:
+    settings.follow(changed(started_with, max_models=2))
+    assert in_force(server, "max_models") == 2
+    settings.follow(None)
+    assert in_force(server, "max_models") == started_with.max_models
     assert settings.restart_required == ()
 
 
