@@ -21,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import ParamSpec
 
 import torch
 from torch import nn
@@ -44,6 +45,7 @@ _LONG_S = 0.002
 more than it gains: half of the calls a second of four threads, where one takes 0.2 ms."""
 _ANY_TIME = nullcontext()
 
+P = ParamSpec("P")
 StandIn = Callable[[torch.Tensor], object]
 """Takes the converted input, and returns what the module would."""
 Forward = Callable[[torch.Tensor], torch.Tensor]
@@ -165,7 +167,7 @@ class ModelComputeFunction(ComputeFunction):
             prepared = self._rule.convert(input_tensor, lane)
             past = None if past_key_values is None else self._sent(past_key_values, lane)
             output, present = self._run(
-                lambda: self._inferred(prepared, past, use_cache), lane, long=long
+                self._inferred, prepared, past, use_cache, lane=lane, long=long
             )
             if present is None:
                 return output
@@ -185,23 +187,30 @@ class ModelComputeFunction(ComputeFunction):
         long = self.overlaps
         with torch.inference_mode(), lane_to(self.device, values, long=long) as lane:
             prepared = self._rule.convert_values(values, lane)
-            return self._run(lambda: Computed(forward(prepared)), lane, long=long)[0]
+            return self._run(_answered, forward, prepared, lane=lane, long=long)[0]
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raises InvalidRequest if an input of that shape is none that the model takes."""
         self._rule.check_shape(shape)
 
     def _run(
-        self, forward: Callable[[], Computed], lane: Lane, *, long: bool
+        self,
+        forward: Callable[P, Computed],
+        *arguments: P.args,
+        lane: Lane,
+        long: bool,
     ) -> tuple[torch.Tensor, KeyValues | None]:
-        """Run a forward when it is its turn; the output is fetched, the cache is not."""
+        """Run a forward when it is its turn; the output is fetched, the cache is not.
+
+        What it is given is not in a closure: an error that is kept would keep that, and the model with it.
+        """
         output: torch.Tensor | None = None
         with self._turn if long else _ANY_TIME, self._weights.read():
             # A thread is busy while it waits for a short forward, and is not while it waits for the GIL.
             clock = time.monotonic if long else time.thread_time
             began_s = clock()
             try:
-                computed = forward()
+                computed = forward(*arguments)
                 if not long:
                     output = lane.fetch(computed.output)
             finally:
@@ -342,6 +351,10 @@ class ModelComputeFunction(ComputeFunction):
         if self._slots is None:
             self._slots = ParameterSlots(self.model)
         return self._slots
+
+
+def _answered(forward: Forward, values: torch.Tensor) -> Computed:
+    return Computed(forward(values))
 
 
 def _in_eval_mode(model: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -57,7 +58,7 @@ class SequenceFunction(ModelComputeFunction, ComputesSequences):
         """
         for shape in shapes:
             self.check_shape(shape)
-        return self.compute_by(lambda ids: self._module.forward_sequences(ids, shapes), values)
+        return self.compute_by(partial(self._module.forward_sequences, shapes=shapes), values)
 
     @property
     def _module(self) -> TakesSequences:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from splitlearn_comm.core import InvalidRequest, TensorCodec
 from splitlearn_comm.core.packed import Packed
+from splitlearn_manager.core.loaders.text_adapter import token_mask
 from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.runtime.base import ComputesSequences, Joining, RunningModel
 from splitlearn_manager.runtime.process import ProcessRuntime
@@ -34,6 +35,9 @@ KINDS: dict[str, Callable[[Path], object]] = {
     "gpt2": tiny_gpt2,
     "t5": tiny_t5_encoder,
 }
+
+
+PADDING = {"roberta": 1}
 
 
 def saved(save: Callable[[Path], object], directory: Path) -> Path:
@@ -98,9 +102,12 @@ def test_sequences_in_one_row_are_answered_as_alone(
     padding of a row counted in its mean, and with answers given out in reverse order."""
     running = models[kind]
     tensors = [torch.tensor(rows).float() for rows in ids]
-    for got, expected in zip(in_one_row(running, tensors), alone(running, tensors), strict=True):
+    pairs = zip(tensors, in_one_row(running, tensors), alone(running, tensors), strict=True)
+    for tensor, got, expected in pairs:
+        # What a model says of padding means nothing.
+        counts = slice(None) if "pooled" in kind else token_mask(tensor, PADDING.get(kind, 0))
         assert got.shape == expected.shape
-        torch.testing.assert_close(got, expected, **CLOSE)
+        torch.testing.assert_close(got[counts], expected[counts], **CLOSE)
 
 
 @pytest.mark.parametrize("name", [*KINDS, "pooled", "pooled roberta"])
