@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import torch
+from torch import nn
+
+from splitlearn_manager.core.loaders.torch_setup import TORCH_SETUP
+from splitlearn_manager.runtime.optimize.compiler import COMPILER
 
 NET = """
 import torch
@@ -55,3 +62,61 @@ def test_the_first_loads_of_a_process_run_side_by_side_without_a_deadlock(tmp_pa
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "loaded\n"), done.stderr
+
+
+class Serving(nn.Module):
+    """Stays in its forward until it is let go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.go = threading.Event(), threading.Event()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.inside.set()
+        assert self.go.wait(60)
+        return x + 1
+
+
+class Serves(nn.Module):
+    """Has another module answer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.inner(x)
+        return answer
+
+
+class Meets(nn.Module):
+    """While it is called, another module is called in another thread, for longer than it takes itself."""
+
+    def __init__(self, other: threading.Thread, inside: threading.Event) -> None:
+        super().__init__()
+        # Under two names: then torch looks at all attributes that are modules.
+        self.layer = self.again = nn.Linear(2, 2)
+        self.meet = lambda: (other.start(), inside.wait(60)) if other.ident is None else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.meet()
+        answer: torch.Tensor = self.again(self.layer(x))
+        return answer
+
+
+def test_a_module_is_exported_while_others_are_called_in_other_threads() -> None:
+    TORCH_SETUP.ensure()
+    inner, answers = Serving(), list[torch.Tensor]()
+    serving = Serves(inner)
+    asked = torch.ones(1, 2)
+    other = threading.Thread(target=lambda: answers.append(serving(asked)))
+    module = Meets(other, inner.inside)
+    try:
+        with COMPILER.turn(None), torch.no_grad():
+            exported = torch.export.export(module, (torch.ones(1, 2),), strict=False)
+    finally:
+        inner.go.set()
+        other.join()
+    calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls == ["aten.linear.default", "aten.linear.default"]
+    assert [answer.tolist() for answer in answers] == [[[2.0, 2.0]]]

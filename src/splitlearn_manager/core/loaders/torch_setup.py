@@ -5,11 +5,19 @@ meanwhile. When such an import lets go of Python's own lock, a second thread may
 Python's lock in hand; each then waits for the other for ever, and every thread of the process with them.
 So the first load makes the ways in which models are built and called known to torch, alone, and the others
 wait for it. It costs a few milliseconds, once. It reads no model and changes no setting.
+
+While torch writes down what a module does (torch.export, torch.fx), it puts functions of its own in the place
+of `nn.Module.__call__` and `__getattr__`, for all threads: a model that answers requests meanwhile is taken
+for a part of that module, and both fail. So those functions are bound here to the thread that traces; in all
+others modules are called as ever.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 
 class TorchSetup:
@@ -26,6 +34,7 @@ class TorchSetup:
         with self._lock:
             if not self._done:
                 _use_torch()
+                _trace_in_one_thread()
                 self._done = True
 
 
@@ -43,6 +52,31 @@ def _use_torch() -> None:
         layer = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         layer.load_state_dict(layer.state_dict())
         layer(x)
+
+
+def _trace_in_one_thread() -> None:
+    """Have methods that torch.fx puts into classes apply to the thread that has put them there."""
+    from torch.fx import _symbolic_trace
+
+    patcher = getattr(_symbolic_trace, "_Patcher", None)
+    patch = getattr(patcher, "patch_method", None)
+    if patch is None:
+        # A version of torch that does it otherwise.
+        return
+
+    def patch_method(
+        self: object, cls: type, name: str, new: Callable[..., Any], deduplicate: bool = True
+    ) -> None:
+        before, tracing = getattr(cls, name), threading.get_ident()
+
+        @functools.wraps(new)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            called = new if threading.get_ident() == tracing else before
+            return called(*args, **kwargs)
+
+        patch(self, cls, name, method, deduplicate)
+
+    patcher.patch_method = patch_method  # type: ignore[union-attr]
 
 
 TORCH_SETUP = TorchSetup()
