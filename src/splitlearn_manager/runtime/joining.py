@@ -49,11 +49,12 @@ def try_joining(
         return _apart(
             f"batches of another size fail ({type(error).__name__}: {lines[0] if lines else ''})"
         )
-    return _judged(function, alone, joined, again)
+    return _judged(function, parts, alone, joined, again)
 
 
 def _judged(
     function: ModelComputeFunction,
+    parts: Sequence[int],
     alone: Sequence[torch.Tensor],
     joined: torch.Tensor,
     again: torch.Tensor,
@@ -65,7 +66,9 @@ def _judged(
         return _apart("it answers the same input differently from call to call")
     if any(answer.dim() == 0 for answer in alone):
         return _apart("its output has no dimension of rows")
-    together = torch.cat(list(alone)) if _fit(alone) else None
+    # Rows must be as many, too: two answers of twice the rows fit together as well, and are no rows.
+    as_many = all(len(answer) == rows for answer, rows in zip(alone, parts, strict=True))
+    together = torch.cat(list(alone)) if as_many and _fit(alone) else None
     if together is None or together.shape != joined.shape:
         return _apart("the first dimension of its output is not that of its input")
     if not alike(together, joined, rounding):

@@ -73,6 +73,20 @@ class Transposed(nn.Module):
         return x.transpose(0, 1)
 
 
+class Flattened(nn.Module):
+    """Answers with a row for each position."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, 2)
+
+
+class FindsNothing(nn.Module):
+    """As a detector does in noise: its rows are what it found, in all of the batch."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[x.sum(1) > 1e6]
+
+
 class NotFinite(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * float("nan")
@@ -115,6 +129,8 @@ def test_a_model_of_independent_rows_joins(
         (NotFinite(), "its answers have values that are not finite"),
         (OneSize(), "batches of another size fail (RuntimeError: shape '[1, 4]' is invalid"),
         (NoRows(), "its output has no dimension of rows"),
+        (Flattened(), "the first dimension of its output is not that of its input"),
+        (FindsNothing(), "the first dimension of its output is not that of its input"),
         (Transposed(), "the first dimension of its output is not that of its input"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else None,
