@@ -38,6 +38,20 @@ class Counts(nn.Module):
         return x + self.calls
 
 
+class Remembers(nn.Module):
+    """Begins anew with each batch of another size than the last, as recurrent models for streams do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(0, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.state) != len(x):
+            self.state = torch.zeros(len(x), 4)
+        self.state = self.state + x
+        return self.state
+
+
 class KeepsRandom(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.dropout(x, 0.5, training=True)
@@ -125,6 +139,7 @@ def test_a_model_of_independent_rows_joins(
         (AlwaysTraining(), "answered differently"),
         (LooksAtItsNeighbour(), "rows that are joined are answered differently"),
         (Counts(), "it answers the same input differently from call to call"),
+        (Remembers(), "it answers the same input differently from call to call"),
         (KeepsRandom(), "it answers the same input differently from call to call"),
         (NotFinite(), "its answers have values that are not finite"),
         (OneSize(), "batches of another size fail (RuntimeError: shape '[1, 4]' is invalid"),
@@ -139,6 +154,12 @@ def test_a_model_that_mixes_its_rows_is_found(module: nn.Module, why: str) -> No
     note = found(module)
     assert note.startswith("requests are not joined into batches: ")
     assert why in note
+
+
+@pytest.mark.parametrize("batch_size", [2, 3])
+def test_a_model_that_mixes_its_rows_is_found_with_small_batches(batch_size: int) -> None:
+    why = "rows that are joined are answered differently"
+    assert why in found(MeanOverTheBatch(), batch_size=batch_size)
 
 
 def test_what_is_not_known_or_not_wanted_is_not_joined() -> None:
