@@ -8,7 +8,6 @@ its requests runs alone.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +20,8 @@ _PARTS = (1, 2, 1)
 """Rows of the inputs that are tried."""
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """How much two answers may differ, as a part of the largest value: sums are taken in another order."""
+_FILL = 1e4
+"""Values from here on may stand for minus infinity, and say nothing of how large the others are."""
 
 
 def try_joining(
@@ -94,11 +95,13 @@ def alike(one: torch.Tensor, other: torch.Tensor, rounding: float) -> bool:
         return False
     if not one.is_floating_point():
         return bool(torch.equal(one, other))
-    scale = one.double().abs().max().item() if one.numel() else 0.0
     # What is not finite says nothing about rows, and is alike to nothing.
-    if not math.isfinite(scale):
+    if not bool(one.isfinite().all()):
         return False
-    return bool(torch.allclose(one.double(), other.double(), rtol=0.0, atol=rounding * scale))
+    size = one.double().abs()
+    usual = size[size < _FILL]
+    scale = usual.max().item() if usual.numel() else 0.0
+    return bool(torch.allclose(other.double(), one.double(), rtol=rounding, atol=rounding * scale))
 
 
 def rounding_of(function: ModelComputeFunction) -> float:

@@ -57,9 +57,25 @@ class KeepsRandom(nn.Module):
         return nn.functional.dropout(x, 0.5, training=True)
 
 
+class MasksAValue(nn.Module):
+    """Marks what may not be chosen by a huge number, and mixes its rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        masked = x - x.mean(dim=0, keepdim=True)
+        masked[:, 0] = torch.finfo(x.dtype).min
+        return masked
+
+
 class LooksAtItsNeighbour(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + 1e-2 * x.roll(1, dims=0)
+
+
+class LargeNumbers(nn.Module):
+    """Of which the rounding alone is large: rows that are joined are rounded otherwise."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 1e9 + 1e5 * x + len(x)
 
 
 class OneSize(nn.Module):
@@ -120,6 +136,7 @@ def found(module: nn.Module, shape: tuple[int, ...] = (1, 4), batch_size: int = 
         (nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 2)), (1, 5)),
         (nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), (1, 5, 8)),
         (nn.Linear(4, 2).to(torch.bfloat16), (1, 4)),
+        (LargeNumbers(), (1, 4)),
         (nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True)), (1, 4)),
         (nn.ReLU(inplace=True), (1, 4)),
     ],
@@ -137,6 +154,7 @@ def test_a_model_of_independent_rows_joins(
     [
         (MeanOverTheBatch(), "rows that are joined are answered differently"),
         (AlwaysTraining(), "answered differently"),
+        (MasksAValue(), "rows that are joined are answered differently"),
         (LooksAtItsNeighbour(), "rows that are joined are answered differently"),
         (Counts(), "it answers the same input differently from call to call"),
         (Remembers(), "it answers the same input differently from call to call"),
