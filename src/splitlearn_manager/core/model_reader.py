@@ -18,15 +18,12 @@ from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.measurement import Measurement, of_version, with_newest
 from splitlearn_manager.core.model_files import ModelFiles
 from splitlearn_manager.errors import LoadError, OverMemoryLimit, WeightsChanged
+from splitlearn_manager.runtime.base import largest_trial
 from splitlearn_manager.runtime.verified import NOTHING_KNOWN, Verified
 
 if TYPE_CHECKING:
     from splitlearn_manager.runtime.base import RunningModel, Runtime
     from splitlearn_manager.runtime.verified import Answers
-
-
-_MOST_TRIAL_MB = 256.0
-_UNMEASURED_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -142,13 +139,14 @@ class ModelReader:
         from splitlearn_manager.runtime.verification import verify
 
         measured = self.measured(spec)
+        activations = measured.activations if measured is not None else None
         return verify(
             spec.config,
             running.compute_function,
             example,
             joins=running.joins,
             before=before,
-            largest_rows=_largest_trial(spec.config.batch_size, measured),
+            largest_rows=largest_trial(spec.config.batch_size, activations),
         )
 
     def _default_runtime(self) -> Runtime:
@@ -205,17 +203,6 @@ class ModelReader:
         known = self.measurements(spec.model_id)
         self._measured[spec.model_id] = with_newest(known, measured)
         return measured
-
-
-def _largest_trial(batch_size: int, measured: Measurement | None) -> int:
-    """The largest batch to try before what a forward takes is reserved."""
-    rows = batch_size
-    activations = measured.activations if measured is not None else None
-    if activations is None:
-        return min(rows, _UNMEASURED_ROWS)
-    while rows > 1 and activations.mb(rows) > _MOST_TRIAL_MB:
-        rows //= 2
-    return rows
 
 
 def over_own_limit(

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from splitlearn_manager.errors import LoadError
 
 
+_MOST_TRIAL_MB = 256.0
+_UNMEASURED_ROWS = 4
+
+
 def nothing_to_release() -> None:
     """The `release` of a model that keeps nothing outside its module."""
 
@@ -59,6 +63,16 @@ class Activations:
     def mb(self, batch_size: int) -> float:
         """The most that a forward of `batch_size` inputs takes, in MB (2**20 bytes)."""
         return max((fixed + each * batch_size for fixed, each in self.lines), default=0.0)
+
+
+def largest_trial(batch_size: int, activations: Activations | None) -> int:
+    """The largest batch to try before what a forward takes is reserved."""
+    rows = batch_size
+    if activations is None:
+        return min(rows, _UNMEASURED_ROWS)
+    while rows > 1 and activations.mb(rows) > _MOST_TRIAL_MB:
+        rows //= 2
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

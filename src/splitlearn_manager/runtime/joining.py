@@ -25,13 +25,17 @@ _FILL = 1e4
 
 
 def try_joining(
-    function: ModelComputeFunction, shape: Sequence[int] | None, batch_size: int
+    function: ModelComputeFunction,
+    shape: Sequence[int] | None,
+    batch_size: int,
+    largest: int | None = None,
 ) -> Joining:
     """Run the model on separate and on joined inputs.
 
     Args:
         shape: that of an input which the model has answered; None if there is none.
         batch_size: most rows that the operator wants in a batch.
+        largest: most rows to try; not more than a few unless given.
 
     Raises nothing that the model raises.
     """
@@ -40,7 +44,9 @@ def try_joining(
     if not shape:
         return _apart("it was not warmed up")
     parts = _PARTS if batch_size >= sum(_PARTS) else (1, 1)
-    together = random_input(function, (sum(parts), *shape[1:]))
+    few = sum(parts)
+    many = random_input(function, (max(few, largest or 0), *shape[1:]))
+    together = many[:few]
     # No two rows are the same: a mean over rows that are changes nothing.
     inputs = torch.split(together, list(parts))
     try:
@@ -53,7 +59,33 @@ def try_joining(
         return _apart(
             f"batches of another size fail ({type(error).__name__}: {lines[0] if lines else ''})"
         )
-    return _judged(function, parts, alone, joined, again)
+    found = _judged(function, parts, alone, joined, again)
+    if not found.joins or len(many) == few:
+        return found
+    return _with_many(function, many, joined) or found
+
+
+def _with_many(
+    function: ModelComputeFunction, many: torch.Tensor, first: torch.Tensor
+) -> Joining | None:
+    """Why a large batch cannot be joined where a small one can; None if it can.
+
+    Some models have room for so many rows only, or take another way for many of them. A batch that fails is
+    no matter of rows: that is for verification to say.
+
+    Args:
+        first: what the model answered to as many of the first rows.
+    """
+    few = len(first)
+    try:
+        joined, last = _run(function, many), _run(function, many[-few:])
+    except Exception:
+        return None
+    if len(joined) == len(many):
+        ends = torch.cat([joined[:few], joined[-few:]])
+        if _alike(torch.cat([first, last]), ends, _rounding(function)):
+            return None
+    return _apart(f"rows are answered differently in a batch of {len(many)}")
 
 
 def _judged(

@@ -24,6 +24,7 @@ from splitlearn_manager.runtime.base import (
     LoadedModel,
     Loader,
     TakesSequences,
+    largest_trial,
 )
 from splitlearn_manager.runtime.joining import random_input, try_joining
 from splitlearn_manager.runtime.sequences import SequenceFunction, try_lengths
@@ -154,6 +155,7 @@ class RunningInThreads:
         self._config = config
         self._device = device
         self._answered = answered
+        self._activations: Activations | None = None
         self._notes = notes
         self.memory_mb = loaded.weights_mb
         self.warmed = answered is not None
@@ -197,9 +199,9 @@ class RunningInThreads:
         """
         if self._function is None or self._answered is None:
             return None
-        found = measure_activations(self._function, self._config, self._answered)
+        self._activations = measure_activations(self._function, self._config, self._answered)
         trim_heap()
-        return found
+        return self._activations
 
     def example(self) -> torch.Tensor | None:
         """An input of the shape that it answered in warm-up; None if there was none."""
@@ -209,8 +211,9 @@ class RunningInThreads:
 
     def find_joining(self) -> Joining:
         """Run a few forwards to find out whether requests may be joined."""
-        function = self._open()
-        found = try_joining(function, self._answered, self._config.batch_size)
+        function, batch_size = self._open(), self._config.batch_size
+        largest = largest_trial(batch_size, self._activations)
+        found = try_joining(function, self._answered, batch_size, largest)
         if found.joins and isinstance(function, SequenceFunction):
             found = try_lengths(function, found)
         trim_heap()

@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 from splitlearn_comm.core import ModelComputeFunction
+from splitlearn_manager.runtime.base import LoadedModel
 from splitlearn_manager.runtime.joining import try_joining
+from splitlearn_manager.runtime.thread import RunningInThreads
+from support.models import model_config
 
 
 class MeanOverTheBatch(nn.Module):
@@ -76,6 +79,25 @@ class LargeNumbers(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return 1e9 + 1e5 * x + len(x)
+
+
+class HasRoomForEight(nn.Module):
+    """As a mixture of experts, of which each takes so many rows and no more."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer = x * 2
+        answer[8:] = 0
+        return answer
+
+
+class MixesMany(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if len(x) <= 8 else x - x.mean(dim=0, keepdim=True)
+
+
+class FailsForMany(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.zeros(8, 4)[: len(x)]
 
 
 class OneSize(nn.Module):
@@ -178,6 +200,29 @@ def test_a_model_that_mixes_its_rows_is_found(module: nn.Module, why: str) -> No
 def test_a_model_that_mixes_its_rows_is_found_with_small_batches(batch_size: int) -> None:
     why = "rows that are joined are answered differently"
     assert why in found(MeanOverTheBatch(), batch_size=batch_size)
+
+
+@pytest.mark.parametrize("module", [HasRoomForEight(), MixesMany()], ids=["room", "mixes"])
+def test_a_model_that_answers_many_rows_differently_is_found(module: nn.Module) -> None:
+    function = ModelComputeFunction(module)
+    joining = try_joining(function, (1, 4), 32, 16)
+    assert not joining.joins
+    assert joining.note.endswith(": rows are answered differently in a batch of 16")
+    assert try_joining(function, (1, 4), 32, 8).joins
+
+
+def test_a_model_that_fails_for_many_rows_is_left_to_verification() -> None:
+    assert try_joining(ModelComputeFunction(FailsForMany()), (1, 4), 32, 16).joins
+
+
+def test_as_many_rows_are_tried_as_what_was_measured_allows() -> None:
+    config = model_config("net:build", batch_size=32, config={"input_shape": [1, 4]})
+    loaded = LoadedModel(MixesMany(), 0.0, "custom")
+    function = ModelComputeFunction(loaded.module)
+    running = RunningInThreads(loaded, function, config, "cpu", (), (1, 4))
+    assert running.find_joining().joins  # nothing is known of its memory yet
+    assert running.measure_activations() is not None
+    assert not running.find_joining().joins
 
 
 def test_what_is_not_known_or_not_wanted_is_not_joined() -> None:
