@@ -166,9 +166,7 @@ class ModelComputeFunction(ComputeFunction):
         with torch.inference_mode(), lane_to(self.device, input_tensor, long=long) as lane:
             prepared = self._rule.convert(input_tensor, lane)
             past = None if past_key_values is None else self._sent(past_key_values, lane)
-            output, present = self._run(
-                self._inferred, prepared, past, use_cache, lane=lane, long=long
-            )
+            output, present = self._run(lane, long, self._inferred, prepared, past, use_cache)
             if present is None:
                 return output
             return output, tuple((lane.fetch(k), lane.fetch(v)) for k, v in present)
@@ -187,7 +185,7 @@ class ModelComputeFunction(ComputeFunction):
         long = self.overlaps
         with torch.inference_mode(), lane_to(self.device, values, long=long) as lane:
             prepared = self._rule.convert_values(values, lane)
-            return self._run(_answered, forward, prepared, lane=lane, long=long)[0]
+            return self._run(lane, long, _answered, forward, prepared)[0]
 
     def check_shape(self, shape: Sequence[int]) -> None:
         """Raises InvalidRequest if an input of that shape is none that the model takes."""
@@ -195,10 +193,11 @@ class ModelComputeFunction(ComputeFunction):
 
     def _run(
         self,
-        forward: Callable[P, Computed],
-        *arguments: P.args,
         lane: Lane,
         long: bool,
+        forward: Callable[P, Computed],
+        *arguments: P.args,
+        **named: P.kwargs,
     ) -> tuple[torch.Tensor, KeyValues | None]:
         """Run a forward when it is its turn; the output is fetched, the cache is not.
 
@@ -210,9 +209,13 @@ class ModelComputeFunction(ComputeFunction):
             clock = time.monotonic if long else time.thread_time
             began_s = clock()
             try:
-                computed = forward(*arguments)
+                computed = forward(*arguments, **named)
+                given, present = computed.output.detach(), computed.present
+                # From here on only the model may still hold the tensor that it returned.
+                del computed
+                given = _of_its_own(given)
                 if not long:
-                    output = lane.fetch(computed.output)
+                    output = lane.fetch(given)
             finally:
                 # Whoever comes next may replace the weights.
                 lane.wait()
@@ -220,8 +223,8 @@ class ModelComputeFunction(ComputeFunction):
                 # What is near the limit does not go to and fro.
                 self.overlaps = clock() - began_s > (_LONG_S / 2 if long else _LONG_S)
         if output is None:
-            output = lane.fetch(computed.output)
-        return output, computed.present
+            output = lane.fetch(given)
+        return output, present
 
     def forward_for_training(self, input_tensor: torch.Tensor, forward_id: str) -> torch.Tensor:
         """Run the model and keep the autograd graph for one `backward`.
@@ -363,6 +366,21 @@ def _in_eval_mode(model: nn.Module) -> nn.Module:
     except NotImplementedError:
         # The module of an exported program: its mode was fixed when it was exported.
         return model
+
+
+def _of_its_own(output: torch.Tensor) -> torch.Tensor:
+    """A processor's tensor in memory that nobody else knows; a copy, if the model has kept that memory.
+
+    It is read while the model answers others already, and some models write each answer to the same place.
+
+    Args:
+        output: a tensor of ours, beside which only the model may have others of the same memory.
+    """
+    if not output.is_cpu or output.layout is not torch.strided:
+        return output
+    # Two of its users are ours: the tensor, and what stands for its memory here.
+    users = torch._C._storage_Use_Count(output.untyped_storage()._cdata)
+    return output.clone() if users > 2 else output
 
 
 def _check_step(grad_output: torch.Tensor, learning_rate: float | None) -> None:

@@ -30,6 +30,39 @@ def test_model_is_served_in_eval_mode_without_autograd() -> None:
     assert not output.requires_grad
 
 
+class AnswersInOnePlace(nn.Module):
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.place = torch.zeros(size, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        place = self.place if len(x) == len(self.place) else self.place[: len(x)]
+        return place.copy_(x)
+
+
+@pytest.mark.parametrize("size", [2, 8])
+def test_an_answer_stays_when_the_model_writes_the_next_one_to_the_same_place(size: int) -> None:
+    function = ModelComputeFunction(AnswersInOnePlace(size))
+    ones = function.compute(torch.ones(2, 4))
+    function.compute(torch.zeros(2, 4))
+    assert isinstance(ones, torch.Tensor)
+    assert ones.eq(1).all()
+
+
+def test_an_answer_that_the_model_does_not_keep_is_not_copied() -> None:
+    places: list[int] = []
+
+    class Tells(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            answer = super().forward(x)[:1]
+            places.append(answer.data_ptr())
+            return answer
+
+    answer = ModelComputeFunction(Tells(4, 2)).compute(torch.ones(2, 4))
+    assert isinstance(answer, torch.Tensor)
+    assert places == [answer.data_ptr()]
+
+
 def test_token_ids_sent_as_floats_reach_the_model_as_integers() -> None:
     model = nn.Embedding(10, 4)
     output = ModelComputeFunction(model).compute(torch.tensor([[1.0, 9.0]]))
