@@ -53,6 +53,18 @@ class Altered:
         return answer + self._added
 
 
+class WorksInPlace(nn.Module):
+    """Writes into its input, as those do that bring images to a common scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.inner(x.sub_(0.5).div_(0.25))
+        return answer
+
+
 class Broken(Altered):
     """A candidate that cannot be made."""
 
@@ -421,3 +433,14 @@ def test_rounds_are_few_for_a_slow_model() -> None:
     candidate = type("C", (), {"__call__": staticmethod(counted), "extra_mb": 0.0})()
     choosing.timed(function, {"c": candidate}, (torch.rand(1, 8),), lambda: float(next(ticks)))
     assert len(calls) == 3
+
+
+def test_a_model_that_writes_into_its_input_is_optimized_like_any_other() -> None:
+    torch.manual_seed(0)
+    module = WorksInPlace()
+    function, told = optimized(module, "freeze", INPUT)
+    assert told.notes[0].startswith("optimize: freeze in")
+    x = torch.randn(5, 8)
+    answer = function.compute(x.clone())
+    assert isinstance(answer, torch.Tensor)
+    assert difference(answer.clone(), module(x).detach()) < 1e-5

@@ -275,7 +275,8 @@ def _compared(
 
 
 def _answer(function: ModelComputeFunction, x: torch.Tensor) -> torch.Tensor:
-    answer = function.compute(x)
+    # A copy, because a model may write into its input, and is asked with it more than once.
+    answer = function.compute(x.clone())
     return answer[0] if isinstance(answer, tuple) else answer
 
 

@@ -86,7 +86,7 @@ class Compiled:
         function.stand_in(self)
         try:
             for x in examples.inputs:
-                function.compute(x)
+                function.compute(x.clone())
         finally:
             function.stand_in(None)
         self._call = torch._dynamo.run(self._own)

@@ -137,7 +137,8 @@ def _largest_batch(
 def _answers(function: ModelComputeFunction, x: torch.Tensor) -> bool:
     """Whether the model takes that input: another size than that of warm-up may be none that it takes."""
     try:
-        function.compute(x)
+        # A copy, because a model may write into its input.
+        function.compute(x.clone())
     except Exception:
         return False
     return True

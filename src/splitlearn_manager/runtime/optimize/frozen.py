@@ -62,7 +62,7 @@ class Frozen:
         converted: list[torch.Tensor] = []
 
         def keep(x: torch.Tensor) -> torch.Tensor:
-            converted.append(x)
+            converted.append(x.clone())
             return x
 
         function.stand_in(keep)
@@ -191,7 +191,7 @@ class _Program:
             return
         with torch.inference_mode():
             try:
-                apart = max(difference(packed(x), plain(x)) for x in inputs)
+                apart = max(difference(packed(x.clone()), plain(x.clone())) for x in inputs)
             except Exception as error:
                 if is_out_of_memory(error):
                     raise

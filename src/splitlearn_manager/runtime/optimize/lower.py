@@ -43,12 +43,12 @@ class Lowered:
 
     def prepare(self, function: ModelComputeFunction, examples: Examples) -> None:
         """Make the copy. Raises as `Candidate.prepare`."""
-        answer = function.compute(examples.inputs[-1])
+        answer = function.compute(examples.inputs[-1].clone())
         self._dtype = answer.dtype if isinstance(answer, torch.Tensor) else None
         try:
             self._module = in_bfloat16(function.model)
             function.stand_in(self)
-            function.compute(examples.inputs[-1])
+            function.compute(examples.inputs[-1].clone())
         except Exception as error:
             if is_out_of_memory(error):
                 raise
