@@ -136,6 +136,24 @@ def test_convolutions_answer_alike(
     assert not {"relu", "relu_"} & set(found)
 
 
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU(), nn.GELU(), nn.GELU(approximate="tanh")], ids=repr
+)
+@pytest.mark.parametrize("kind", ["linear", "convolution"])
+def test_what_is_no_number_stays_so(kind: str, activation: nn.Module) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(WIDE, WIDE) if kind == "linear" else nn.Conv2d(8, 8, 3)
+    x = torch.randn(*((100, WIDE) if kind == "linear" else (4, 8, 9, 9)))
+    module = nn.Sequential(layer, activation)
+    form = packed(module, x)
+    assert form is not None
+    x[1] = float("nan")
+    with torch.inference_mode():
+        answer, expected = form(x), module(x)
+    assert expected[1].isnan().all()
+    assert torch.equal(answer.isnan(), expected.isnan())
+
+
 class Block(nn.Module):
     """Of a ResNet: what the first layer gives is read twice, and written to in place."""
 

@@ -3,7 +3,8 @@
 torch's own linear layer puts the weights into the order of its kernel on each call, which is a third of a
 small batch's time; a convolution moves its input and output into oneDNN's order and back. Here the weights
 are brought into that order once, what goes from convolution to convolution stays in it (channels last), and
-a ReLU or GELU that follows is computed where the layer writes its output.
+a GELU that follows is computed where the layer writes its output. A ReLU is computed in place, by torch:
+oneDNN's makes 0 of what is not a number, which would hide it from the caller.
 
 It is for float32 on a processor, takes the memory of those weights once more, and is not the faster way on
 every machine: the caller measures. The operators are those to which torch's own compiler lowers a frozen
@@ -106,13 +107,12 @@ def linear(
     """x · weightᵀ + bias, and then the activation. x: [..., inputs]; weight: [outputs, inputs]."""
     answer: torch.Tensor
     if x.numel() * weight.shape[0] >= _WORTH_A_CALL:
-        answer = torch.ops.mkldnn._linear_pointwise.default(
-            x, packed, bias, activation, [], algorithm
-        )
-        return answer
+        fused = "none" if activation == "relu" else activation
+        answer = torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, fused, [], algorithm)
+        return answer.relu_() if activation == "relu" else answer
     answer = functional.linear(x, weight, bias)
     if activation == "relu":
-        return torch.relu(answer)
+        return answer.relu_()
     return functional.gelu(answer, approximate=algorithm) if activation == "gelu" else answer
 
 
@@ -129,9 +129,9 @@ def convolution(
     """The convolution of images [batch, channels, height, width], and then the activation."""
     x = x.contiguous(memory_format=torch.channels_last)
     answer: torch.Tensor = torch.ops.mkldnn._convolution_pointwise.default(
-        x, packed, bias, padding, stride, dilation, groups, activation, [], ""
+        x, packed, bias, padding, stride, dilation, groups, "none", [], ""
     )
-    return answer
+    return answer.relu_() if activation == "relu" else answer
 
 
 def pack(module: fx.GraphModule, packed: Packed) -> bool:
