@@ -17,6 +17,7 @@ from splitlearn_manager.errors import InvalidModel, LoadError, SplitlearnError, 
 from splitlearn_manager.runtime.base import LoadedModel, nothing_to_release
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from splitlearn_manager.core.loaders.slots import Destination
@@ -33,10 +34,24 @@ _MB = 2**20
 def weights_mb(module: nn.Module) -> float:
     """Size of a module's parameters and buffers in MB (2**20 bytes); shared memory counts once."""
     sizes: dict[tuple[str, int], int] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    tensors = (*module.parameters(), *module.buffers())
+    for tensor in (part for whole in tensors for part in _dense_parts(whole)):
         storage = tensor.untyped_storage()
         sizes[str(tensor.device), storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values()) / _MB
+
+
+def _dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensor itself, or what a sparse one consists of: that alone has a storage."""
+    import torch
+
+    if tensor.layout is torch.sparse_coo:
+        return tensor._indices(), tensor._values()
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.crow_indices(), tensor.col_indices(), tensor.values()
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.ccol_indices(), tensor.row_indices(), tensor.values()
+    return (tensor,)
 
 
 class ModelLoader:
