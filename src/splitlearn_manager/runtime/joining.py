@@ -83,7 +83,7 @@ def _with_many(
         return None
     if len(joined) == len(many):
         ends = torch.cat([joined[:few], joined[-few:]])
-        if _alike(torch.cat([first, last]), ends, _rounding(function)):
+        if alike(torch.cat([first, last]), ends, rounding_of(function)):
             return None
     return _apart(f"rows are answered differently in a batch of {len(many)}")
 
