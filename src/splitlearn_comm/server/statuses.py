@@ -18,6 +18,7 @@ from splitlearn_comm.core.errors import (
     Unsupported,
 )
 from splitlearn_comm.core.out_of_memory import is_out_of_memory
+from splitlearn_comm.core.raised import in_one_line
 
 STATUS_OF: dict[type[ComputeError], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
@@ -49,8 +50,7 @@ def details_of(error: ComputeError) -> str:
 
 def from_model_error(model_id: str, error: BaseException) -> ComputeError:
     """Turn what a model raised into the error that the caller is told."""
-    lines = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
+    what = in_one_line(error)
     # Empty while the server has not chosen a model yet.
     who = f"model {model_id!r}" if model_id else "the server"
     if is_out_of_memory(error):

@@ -17,8 +17,9 @@ import torch
 from torch import nn
 
 from splitlearn_comm.core import ModelComputeFunction
+from splitlearn_comm.core.raised import in_one_line
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.errors import SplitlearnError, TerminalLoadError, WarmupFailed
+from splitlearn_manager.errors import TerminalLoadError, WarmupFailed
 
 _FREE_SIZE = 8
 """The size of a dimension that may vary, the first one (the batch) excepted: it is 1."""
@@ -74,7 +75,7 @@ def _with_shape(function: ModelComputeFunction, model_id: str, shape: tuple[int,
         raise
     except Exception as error:
         raise WarmupFailed(
-            f"model {model_id!r} failed on a first input of shape {list(shape)}: {_short(error)}"
+            f"model {model_id!r} failed on a first input of shape {list(shape)}: {in_one_line(error)}"
         ) from error
 
 
@@ -86,7 +87,7 @@ def _with_guesses(function: ModelComputeFunction) -> Warmup:
         except TerminalLoadError:
             raise
         except Exception as error:
-            tried.append(f"{list(shape)}: {_short(error)}")
+            tried.append(f"{list(shape)}: {in_one_line(error)}")
     attempts = f" (tried {'; '.join(tried)})" if tried else ""
     return Warmup(None, (f"not warmed up: give config.input_shape{attempts}",))
 
@@ -162,11 +163,3 @@ def _first_layer(model: nn.Module) -> nn.Module | None:
         if is_leaf and next(module.parameters(recurse=False), None) is not None:
             return module
     return None
-
-
-def _short(error: Exception) -> str:
-    text = error.message if isinstance(error, SplitlearnError) else str(error).strip()
-    lines = text.splitlines()
-    # TorchScript puts its own stack first, and what was wrong last.
-    line = lines[-1] if isinstance(error, torch.jit.Error) else next(iter(lines), "")
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from splitlearn_comm.core.errors import ComputeError, ComputeFailed, OutOfMemory
+from splitlearn_comm.core.raised import in_one_line
 from splitlearn_manager.errors import LoadError, SplitlearnError
 from splitlearn_manager.runtime.channel import Message
 
@@ -21,9 +22,7 @@ def as_message(error: BaseException) -> Message:
             "message": error.message,
             "reason": error.reason,
         }
-    lines = str(error).strip().splitlines()
-    what = f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__
-    return {"type": "", "message": what}
+    return {"type": "", "message": in_one_line(error)}
 
 
 def raised_in(model_id: str, message: Message, *, loading: bool) -> Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 import torch
+from torch import nn
 
 from splitlearn_comm.core import (
     ComputeError,
@@ -99,3 +100,32 @@ def test_long_text_is_shortened_to_fit_a_header() -> None:
     text = details_of(InvalidRequest("é" * 5000))
     assert len(text.encode()) * 3 < 8192
     assert text.endswith("…")
+
+
+class Adds(nn.Module):
+    """Adds three numbers to each row, and refuses rows of five."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1] == 5:
+            raise ValueError("five is too many")
+        return x + torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("width", "told"),
+    [
+        (
+            4,
+            "RuntimeError: The size of tensor a (4) must match the size of tensor b (3) at non-singleton "
+            "dimension 1",
+        ),
+        (5, "Error: builtins.ValueError: five is too many"),
+    ],
+    ids=["operator", "raise"],
+)
+def test_what_a_torchscript_model_raised_is_told_and_not_its_stack(width: int, told: str) -> None:
+    scripted = torch.jit.script(Adds())
+    with pytest.raises((RuntimeError, torch.jit.Error)) as raised:
+        scripted(torch.zeros(1, width))
+    assert "TorchScript interpreter" in str(raised.value)
+    assert from_model_error("m1", raised.value).message == f"model 'm1' raised {told}"

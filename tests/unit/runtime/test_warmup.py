@@ -115,6 +115,13 @@ def test_a_model_that_cannot_take_its_own_input_shape_is_not_served() -> None:
     assert not isinstance(caught.value, TerminalLoadError)
 
 
+def test_a_torchscript_model_that_cannot_take_its_own_input_shape_says_what_is_wrong() -> None:
+    function = ModelComputeFunction(adapt(torch.jit.script(nn.Linear(7, 2)), CallOptions()))
+    with pytest.raises(WarmupFailed, match="RuntimeError: mat1 and mat2 shapes") as caught:
+        warm_up(function, model_config("m.pt", config={"input_shape": [1, 6]}))
+    assert "TorchScript interpreter" not in caught.value.message
+
+
 def test_warmup_false_runs_nothing() -> None:
     warmup, seen = run(nn.Linear(7, 2), warmup=False)
     assert warmup == Warmup()
