@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from torch import nn
 
 from splitlearn_comm.client import RemoteComputeError
 from splitlearn_comm.core import TensorCodec
@@ -392,5 +393,29 @@ def test_answers_name_the_version_that_gave_them(node: Node) -> None:
         frames = (compute_pb2.StreamedRequest(id=n, request=request) for n in range(3))
         assert {answer.version for answer in stub.ComputeStream(frames, timeout=20)} <= {"1", "2"}
     _, page = node.get("/metrics")
-    for generation in (1, 2):
-        assert f'splitlearn_version_requests{{model_id="m",generation="{generation}"}}' in page
+    for generation, role in ((1, "serves"), (2, "tried")):
+        labels = f'{{model_id="m",generation="{generation}",role="{role}"}}'
+        assert f"splitlearn_version_requests{labels}" in page
+
+
+def test_new_weights_that_are_tried_have_the_generation_of_the_old_ones_and_series_of_their_own(
+    node: Node, tmp_path: Path
+) -> None:
+    def weights(value: float) -> None:
+        module = nn.Linear(4, 4)
+        nn.init.constant_(module.weight, value)
+        torch.save(module, tmp_path / "made.pt")
+        replace_file(node.directory / "m.pt", (tmp_path / "made.pt").read_bytes())
+
+    weights(1.0)
+    keys: dict[str, object] = {"rollout": canary(HALF), "config": {"input_shape": [1, 4]}}
+    declare(node.directory, "m", model_path="m.pt", **keys)
+    node.wait_phase("m", "Ready")
+    weights(2.0)
+    eventually(is_tried(node), "it is tried")
+    assert condition(node.status("m"), "Ready")["status"] == "True"
+    _, page = node.get("/metrics")
+    series = [line.rpartition(" ")[0] for line in page.splitlines() if not line.startswith("#")]
+    assert len(series) == len(set(series))
+    for role in ("serves", "tried"):
+        assert f'splitlearn_version_errors{{model_id="m",generation="1",role="{role}"}}' in series

@@ -16,6 +16,21 @@ from prometheus_client.samples import Sample
 
 
 @dataclass(frozen=True, slots=True)
+class VersionReading:
+    """The requests of one version of a model, and those of them that failed.
+
+    Attributes:
+        role: `serves`, or `tried` beside what serves. The generation alone does not tell them apart: new
+            weights behind an unchanged spec have the generation of the old ones.
+    """
+
+    generation: int
+    role: str
+    requests: int
+    errors: int
+
+
+@dataclass(frozen=True, slots=True)
 class ModelReading:
     """Where one model stands at one moment.
 
@@ -24,7 +39,7 @@ class ModelReading:
         conditions: type and status of each.
         next_retry_at: unix time of the next try of a failed load; None if no time is set.
         estimated_mb: what its weights were thought to take before they were loaded; None if nothing told.
-        versions: generation, requests and failed ones of each that serves or is tried.
+        versions: of each that serves or is tried.
         weights_mb, activations_mb: what its latest load measured; None if none did.
     """
 
@@ -39,7 +54,7 @@ class ModelReading:
     estimated_mb: float | None = None
     weights_mb: float | None = None
     activations_mb: float | None = None
-    versions: Sequence[tuple[int, int, int]] = ()
+    versions: Sequence[VersionReading] = ()
 
 
 Series = tuple[tuple[str, ...], float]
@@ -89,13 +104,13 @@ def _measured(reading: ModelReading) -> Iterator[Series]:
 
 
 def _requests(reading: ModelReading) -> Iterator[Series]:
-    for generation, requests, _ in reading.versions:
-        yield (reading.model_id, str(generation)), requests
+    for version in reading.versions:
+        yield (reading.model_id, str(version.generation), version.role), version.requests
 
 
 def _errors(reading: ModelReading) -> Iterator[Series]:
-    for generation, _, errors in reading.versions:
-        yield (reading.model_id, str(generation)), errors
+    for version in reading.versions:
+        yield (reading.model_id, str(version.generation), version.role), version.errors
 
 
 _FAMILIES = (
@@ -151,13 +166,13 @@ _FAMILIES = (
     _Family(
         "splitlearn_version_requests",
         "Requests that a version has ended since it was loaded, of those that serve or are tried.",
-        ("model_id", "generation"),
+        ("model_id", "generation", "role"),
         _requests,
     ),
     _Family(
         "splitlearn_version_errors",
         "Those of them that failed.",
-        ("model_id", "generation"),
+        ("model_id", "generation", "role"),
         _errors,
     ),
 )

@@ -12,7 +12,7 @@ from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.state import DesiredModel
 from splitlearn_manager.monitoring.metrics import MetricsCollector, NodeReading
 from splitlearn_manager.monitoring.readings import UsageReading
-from splitlearn_manager.monitoring.status_series import ModelReading
+from splitlearn_manager.monitoring.status_series import ModelReading, VersionReading
 from splitlearn_manager.reconcile.conditions import next_retry_s
 from splitlearn_manager.reconcile.described import sizes_of
 from splitlearn_manager.reconcile.facts import health_of, sync_of
@@ -123,7 +123,12 @@ class MetricsFeed:
                     weights_mb=sizes.weights_mb,
                     activations_mb=sizes.activations_mb,
                     versions=[
-                        (view.spec.generation, view.requests, view.errors)
+                        VersionReading(
+                            view.spec.generation,
+                            "serves" if view.state is State.READY else "tried",
+                            view.requests,
+                            view.errors,
+                        )
                         for view in facts.views
                         if view.state is State.READY or view.trial
                     ],

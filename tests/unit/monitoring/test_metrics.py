@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from splitlearn_manager.core.resource_manager import GpuUsage, ResourceUsage
 from splitlearn_manager.monitoring import MetricsCollector
 from splitlearn_manager.monitoring.metrics import NodeReading
-from splitlearn_manager.monitoring.status_series import ModelReading
+from splitlearn_manager.monitoring.status_series import ModelReading, VersionReading
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -244,6 +244,19 @@ def test_what_is_not_known_of_a_model_has_no_series() -> None:
         "splitlearn_model_sync",
         "splitlearn_model_health",
     ]
+
+
+def test_two_versions_of_one_generation_have_a_series_each() -> None:
+    metrics = MetricsCollector()
+    versions = [VersionReading(2, "serves", 90, 1), VersionReading(2, "tried", 10, 0)]
+    reading = ModelReading("a", "Updating", "OutOfSync", "Progressing", versions=versions)
+    metrics.set_models_source(lambda: [reading])
+
+    seen = scrape(metrics)
+    for role, requests, errors in (("serves", 90, 1), ("tried", 10, 0)):
+        labels = {"model_id": "a", "generation": "2", "role": role}
+        assert seen.get("splitlearn_version_requests", **labels) == requests
+        assert seen.get("splitlearn_version_errors", **labels) == errors
 
 
 def test_the_series_of_models_are_in_the_registry_too_and_say_the_same() -> None:
