@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -204,3 +206,40 @@ def test_pickle_that_needs_a_missing_class_says_so_when_trusted(tmp_path: Path) 
             target.writestr(name, data)
     with pytest.raises(InvalidModel, match="not_installed"):
         ModelLoader().load(model_config(path, trusted=True), "cpu")
+
+
+SCRIPT = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    pass
+
+
+torch.save(Net(), "model.pt")
+"""
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_module_of_a_script_says_that_trusting_it_cannot_help(
+    tmp_path: Path, trusted: bool
+) -> None:
+    subprocess.run([sys.executable, "-c", SCRIPT], cwd=tmp_path, check=True)
+    config = model_config(str(tmp_path / "model.pt"), trusted=trusted)
+    refused = InvalidModel if trusted else UntrustedCheckpoint
+    with pytest.raises(refused, match="script or notebook that saved it") as caught:
+        ModelLoader().load(config, "cpu")
+    assert "save `model.state_dict()`" in caught.value.message
+    assert "trusted: true" not in caught.value.message
+
+
+def test_trusted_classes_that_are_not_found_say_where_they_may_be(tmp_path: Path) -> None:
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n\n\nclass Net(nn.Module):\n    pass\n"
+    )
+    save = "import mynet, torch; torch.save(mynet.Net(), 'model.pt')"
+    subprocess.run([sys.executable, "-c", save], cwd=tmp_path, check=True)
+    config = model_config(str(tmp_path / "model.pt"), trusted=True)
+    with pytest.raises(InvalidModel, match=r"No module named 'mynet'.*PYTHONPATH"):
+        ModelLoader().load(config, "cpu")

@@ -36,6 +36,9 @@ from splitlearn_manager.errors import InvalidModel, UntrustedCheckpoint
 from splitlearn_manager.runtime.base import nothing_to_release
 
 _TRUST = "write `trusted: true` for this model if you trust its author"
+_SAVE = "save `model.state_dict()` and name the function that builds the module under `config: factory:`"
+_OF_A_SCRIPT = "code of the script or notebook that saved it, which no other program can find"
+_MAIN = "__main__"
 _MAX_NAMES = 5
 
 
@@ -156,9 +159,7 @@ def _unpickle(path: Path, *, weights_only: bool) -> object:
             raise _refusal(path, (refused_global(error),)) from error
         raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
     except (ImportError, AttributeError) as error:
-        raise InvalidModel(
-            f"{path.name} needs code that is not installed: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise _needs_code(path, error) from error
     except (RuntimeError, EOFError, OSError, ValueError) as error:
         raise corrupt(path, f"is cut off or damaged ({first_line(error)})") from error
 
@@ -172,13 +173,24 @@ def _unpickled(path: Path, weights_only: bool) -> object:
     return loaded
 
 
+def _needs_code(path: Path, error: ImportError | AttributeError) -> InvalidModel:
+    """The error for a trusted file whose classes are not there."""
+    # This process has a module of that name too, as `python -m …` names it: not that of the file.
+    if f"{_MAIN}'" in str(error):
+        return InvalidModel(f"{path.name} needs {_OF_A_SCRIPT}; {_SAVE}")
+    return InvalidModel(
+        f"{path.name} needs code that is not installed: {type(error).__name__}: {first_line(error)}; "
+        f"install it, add its directory to the PYTHONPATH of the node, or {_SAVE}"
+    )
+
+
 def _refusal(path: Path, names: tuple[str, ...]) -> UntrustedCheckpoint:
     rest = len(names) - _MAX_NAMES
     listed = ", ".join(names[:_MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")
-    return UntrustedCheckpoint(
-        f"{path.name} would run code while it is loaded ({listed}). Either {_TRUST}, or save "
-        "`model.state_dict()` and name the function that builds the module under `config: factory:`"
-    )
+    would = f"{path.name} would run code while it is loaded ({listed})"
+    if any(name.startswith(f"{_MAIN}.") for name in names):
+        return UntrustedCheckpoint(f"{would}: {_OF_A_SCRIPT}; {_SAVE}")
+    return UntrustedCheckpoint(f"{would}. Either {_TRUST}, or {_SAVE}")
 
 
 def _load_exported(file: PytorchFile) -> nn.Module:
@@ -187,8 +199,7 @@ def _load_exported(file: PytorchFile) -> nn.Module:
         # shape expressions, and looks up by name the functions that the graph calls.
         raise UntrustedCheckpoint(
             f"{file.path.name} is a program of torch.export, and loading one can run code that it carries. "
-            f"Either {_TRUST}, or save `model.state_dict()` and name the function that builds the module "
-            "under `config: factory:`"
+            f"Either {_TRUST}, or {_SAVE}"
         )
     with file.path.open("rb") as opened:
         try:
