@@ -62,8 +62,15 @@ def module_file(module: str, key: str, base_dir: Path, fs: FileSystem) -> Path |
     raise WeightsNotFound(
         f"{key} names the module {module!r}, which is neither beside the YAML file ({base_dir}), "
         f"nor in the working directory ({Path.cwd()}), nor installed in this Python "
-        f"({sys.executable})"
+        f"({sys.executable}){_without_ending(module)}"
     )
+
+
+def _without_ending(module: str) -> str:
+    """What to write where a file was named instead of a module."""
+    if not module.endswith(".py"):
+        return ""
+    return f"; a module is written without `.py`: `{module.removesuffix('.py')}`"
 
 
 def is_file(path: Path, fs: FileSystem) -> bool:

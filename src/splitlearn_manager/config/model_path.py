@@ -84,3 +84,8 @@ def _parse_package(text: str) -> ModelPath:
     if found is None or ".." in inside.split("/"):
         raise ValueError("package:NAME or package:NAME/dir, inside the package")
     return ModelPath("package", path=inside, package=found["package"])
+
+
+def is_repository(text: str) -> bool:
+    """Whether it could be the name of a repository of the Hugging Face hub."""
+    return re.fullmatch(_REPOSITORY, text, re.ASCII) is not None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ from splitlearn_manager.config.hub_cache import cached_snapshot
 from splitlearn_manager.config.installed import is_file, package_directory
 from splitlearn_manager.config.installed import module_file as find_module_file
 from splitlearn_manager.config.model_config import ModelConfig
-from splitlearn_manager.config.model_path import ModelPath, SourceKind, parse_model_path
+from splitlearn_manager.config.model_path import (
+    ModelPath,
+    SourceKind,
+    is_repository,
+    parse_model_path,
+)
 from splitlearn_manager.config.weights_size import Estimate, guessed_size, stated_size
 from splitlearn_manager.errors import WeightsNotFound
 
@@ -28,6 +34,9 @@ LoaderName = Literal["pytorch", "huggingface", "custom"]
 
 MAX_WEIGHTS_FILES = 10_000
 """More below one directory means that model_path names the wrong one (a home directory, say)."""
+
+_LIKE_A_FILE = re.compile(r".*\.[a-z][a-z0-9_]*", re.ASCII)
+"""It ends as files do: `.pt`, `.safetensors`, `.onnx`."""
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,7 @@ def _raise_not_found(error: OSError, source: ModelSource, place: str) -> NoRetur
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         raise WeightsNotFound(
             f"nothing is at {looked} (model_path {source.written}{_relative_to(source)})"
+            f"{_meant(source) if looked == str(source.path) else ''}"
         ) from error
     raise WeightsNotFound(
         f"{looked} cannot be read: {error.strerror} "
@@ -288,4 +298,21 @@ def _raise_not_found(error: OSError, source: ModelSource, place: str) -> NoRetur
 def _relative_to(source: ModelSource) -> str:
     if source.kind == "path" and not os.path.isabs(os.path.expanduser(source.written)):
         return f", relative to {source.base_dir}"
+    return ""
+
+
+def _meant(source: ModelSource) -> str:
+    """What may have been meant instead: names that other tools take are paths here."""
+    written = source.written
+    if source.kind != "path":
+        return ""
+    if "://" in written:
+        return "; nothing is downloaded from an address: let it name a file of this machine"
+    if _LIKE_A_FILE.fullmatch(written):
+        return ""
+    module, dot, name = written.rpartition(".")
+    if dot and all(part.isidentifier() for part in written.split(".")):
+        return f"; if a class is meant, write `{module}:{name}`"
+    if is_repository(written):
+        return f"; if a repository of the Hugging Face hub is meant, write `hf:{written}`"
     return ""

@@ -253,6 +253,41 @@ def test_nothing_there_is_told_with_the_absolute_path(tmp_path: Path) -> None:
         fingerprint(source("empty", tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("written", "help_"),
+    [
+        ("bert-base-uncased", "write `hf:bert-base-uncased`"),
+        ("org/model-1.5", "write `hf:org/model-1.5`"),
+        ("net.MyNet", "write `net:MyNet`"),
+        ("pkg.net.MyNet", "write `pkg.net:MyNet`"),
+        ("https://example.com/m.pt", "nothing is downloaded from an address"),
+        ("m.pt", None),
+        ("m.onnx", None),
+        ("my-model.onnx", None),
+        ("weights/m.safetensors", None),
+        ("models/of/mine", None),
+        ("/srv/bert", None),
+        ("../bert", None),
+    ],
+)
+def test_a_path_that_looks_like_something_else_says_how_that_is_written(
+    tmp_path: Path, written: str, help_: str | None
+) -> None:
+    with pytest.raises(WeightsNotFound, match="nothing is at") as caught:
+        fingerprint(source(written, tmp_path))
+    before, _, after = caught.value.message.partition("); ")
+    if help_ is None:
+        assert not after
+    else:
+        assert help_ in after
+    assert f"(model_path {written}" in before
+
+
+def test_a_module_written_as_a_file_says_how_it_is_written(tmp_path: Path) -> None:
+    with pytest.raises(WeightsNotFound, match=r"without `\.py`: `nets\.big`$"):
+        source("nets.big.py:build", tmp_path)
+
+
 def test_missing_part_of_a_directory_is_told_by_name(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "shard").symlink_to("../blobs/gone")
