@@ -166,6 +166,11 @@ def _directory(source: ModelSource) -> Path:
         return fetch(source.repo_id, source.revision, source.path)
     if source.path is None or not source.path.exists():
         raise WeightsNotFound(f"nothing is at {source.path or source.written}")
+    if not source.path.is_dir():
+        raise InvalidModel(
+            f"{source.path} is a file, and `model_type: huggingface` reads a directory with a config.json; "
+            "leave model_type out, or let model_path name the directory"
+        )
     return source.path
 
 

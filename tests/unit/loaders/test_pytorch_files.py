@@ -166,6 +166,16 @@ def test_directory_without_config_names_the_files_it_has(tmp_path: Path) -> None
         load(tmp_path)
 
 
+def test_a_model_type_that_is_not_that_of_what_is_there_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InvalidModel, match=r"with a config\.json, .*leave model_type out"):
+        ModelLoader().load(model_config(str(tmp_path), model_type="pytorch"), "cpu")
+    save_mlp(tmp_path / "m.pt")
+    config = model_config(str(tmp_path / "m.pt"), model_type="huggingface")
+    with pytest.raises(InvalidModel, match=r"m\.pt is a file, .*leave model_type out"):
+        ModelLoader().load(config, "cpu")
+
+
 def test_weights_without_a_factory_say_what_to_write(tmp_path: Path) -> None:
     for save in (saved_state_dict, saved_as_safetensors):
         save(tmp_path / "m.pt")

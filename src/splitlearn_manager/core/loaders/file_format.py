@@ -77,6 +77,11 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(_HEAD_BYTES)
     except IsADirectoryError:
+        if (path / "config.json").exists():
+            raise InvalidModel(
+                f"{path} is a directory with a config.json, which is read as `model_type: huggingface`; "
+                "leave model_type out"
+            ) from None
         raise InvalidModel(
             f"{path} is a directory without a config.json; let model_path name the file with the "
             f"weights{_candidates(path)}"
