@@ -206,6 +206,28 @@ def test_weights_must_fit_the_module_exactly(
         load(tmp_path / "m.pt", config={"factory": factory, "kwargs": {"width": 9}})
 
 
+@pytest.mark.parametrize(
+    ("wrap", "help_"),
+    [
+        (nn.DataParallel, "save `model.module.state_dict()`"),
+        (torch.compile, "save `model._orig_mod.state_dict()`"),
+    ],
+    ids=["parallel", "compiled"],
+)
+def test_weights_of_a_wrapped_model_say_what_to_save(
+    tmp_path: Path, factory: str, wrap: Callable[[nn.Module], nn.Module], help_: str
+) -> None:
+    torch.save(wrap(mlp()).state_dict(), tmp_path / "m.pt")
+    with pytest.raises(InvalidModel) as caught:
+        load(tmp_path / "m.pt", config={"factory": factory})
+    assert help_ in caught.value.message
+    weights = {f"module.{name}": value for name, value in mlp(width=9).state_dict().items()}
+    torch.save({**weights, "other": torch.zeros(1)}, tmp_path / "m.pt")
+    with pytest.raises(InvalidModel) as caught:
+        load(tmp_path / "m.pt", config={"factory": factory})
+    assert "; it was saved from" not in caught.value.message
+
+
 def test_a_dict_without_weights_lists_its_keys(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "loss": 0.1}, tmp_path / "m.pt")
     with pytest.raises(InvalidModel, match="'epoch', 'loss'"):

@@ -28,6 +28,7 @@ from splitlearn_manager.errors import InvalidModel, LoadError
 
 _BATCH_BYTES = 4 * 2**20
 _LISTED = 5
+_WRAPPERS = {"module.": "(Distributed)DataParallel model", "_orig_mod.": "compiled model"}
 
 
 def unwrap(path: Path, loaded: object) -> Mapping[str, torch.Tensor]:
@@ -138,7 +139,18 @@ def _check_names(path: Path, call: FactoryCall, wanted: set[str], found: set[str
         parts.append(f"missing: {_some(wanted - found)}")
     if found - wanted:
         parts.append(f"unexpected: {_some(found - wanted)}")
-    raise InvalidModel(f"{path.name} does not fit the module of {call.name} ({'; '.join(parts)})")
+    raise InvalidModel(
+        f"{path.name} does not fit the module of {call.name} ({'; '.join(parts)}){_wrapped(wanted, found)}"
+    )
+
+
+def _wrapped(wanted: set[str], found: set[str]) -> str:
+    """What helps where the weights are right, and were saved through a wrapper that renames them."""
+    for prefix, wrapper in _WRAPPERS.items():
+        if {name.removeprefix(prefix) for name in found} == wanted:
+            attribute = prefix.removesuffix(".")
+            return f"; it was saved from a {wrapper}: save `model.{attribute}.state_dict()`"
+    return ""
 
 
 def _some(names: set[str]) -> str:
