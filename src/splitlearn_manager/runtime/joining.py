@@ -14,6 +14,7 @@ import torch
 
 from splitlearn_comm.core import ModelComputeFunction
 from splitlearn_comm.core.compute_function import invoke
+from splitlearn_comm.core.raised import in_one_line
 from splitlearn_manager.runtime.base import Joining
 
 _PARTS = (1, 2, 1)
@@ -55,10 +56,7 @@ def try_joining(
         # Twice in a row: some models begin anew with each batch of another size than the last, and only then.
         again = [_run(function, inputs[0]) for _ in range(2)]
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return _apart(
-            f"batches of another size fail ({type(error).__name__}: {lines[0] if lines else ''})"
-        )
+        return _apart(f"batches of another size fail ({in_one_line(error)})")
     found = _judged(function, parts, alone, joined, again)
     if not found.joins or len(many) == few:
         return found

@@ -20,6 +20,7 @@ import torch
 from splitlearn_comm.core import InvalidRequest, ModelComputeFunction
 from splitlearn_comm.core.compute_function import invoke, on_cpu
 from splitlearn_comm.core.packed import Output, Packed, Rows, strung
+from splitlearn_comm.core.raised import in_one_line
 from splitlearn_manager.runtime.base import ComputesSequences, Joining, TakesSequences
 from splitlearn_manager.runtime.joining import alike, random_input, rounding_of
 
@@ -121,6 +122,5 @@ def _why_not(function: SequenceFunction, shapes: Sequence[tuple[int, int]]) -> s
         rounding = rounding_of(function)
         same = all(alike(a, p.tensor(), rounding) for a, p in zip(alone, parts, strict=True))
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        return f"that fails ({type(error).__name__}: {lines[0] if lines else ''})"
+        return f"that fails ({in_one_line(error)})"
     return None if same else "they are answered differently in one row"

@@ -21,6 +21,7 @@ import torch
 
 from splitlearn_comm.core.compute_function import ComputeFunction, invoke, on_cpu
 from splitlearn_comm.core.errors import ComputeFailed, OutOfMemory
+from splitlearn_comm.core.raised import in_one_line
 from splitlearn_manager.config.files import write_atomically
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.verify import Verify
@@ -218,7 +219,7 @@ def _answer(model_id: str, compute: Compute, x: torch.Tensor, at: int) -> torch.
         _raise_if_died(model_id, error)
         raise GoldenMismatch(
             f"model {model_id!r}: it does not answer input {at}, of shape {list(x.shape)}: "
-            f"{type(error).__name__}: {_line(error)}"
+            f"{in_one_line(error)}"
         ) from error
 
 
@@ -234,7 +235,7 @@ def _try_batches(model_id: str, compute: Compute, example: torch.Tensor, most: i
         except Exception as error:
             _raise_if_died(model_id, error)
             raise WarmupFailed(
-                f"model {model_id!r} failed on a batch of {rows}: {type(error).__name__}: {_line(error)}"
+                f"model {model_id!r} failed on a batch of {rows}: {in_one_line(error)}"
             ) from error
         if not output.dim() or output.shape[0] != rows:
             raise WarmupFailed(
@@ -338,7 +339,3 @@ def _digest(inputs: Sequence[torch.Tensor]) -> str:
         digest.update(f"{x.dtype}{tuple(x.shape)}".encode())
         digest.update(x.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")

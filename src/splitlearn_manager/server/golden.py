@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from splitlearn_comm.core.raised import in_one_line
 from splitlearn_manager.config.verify import GOLDEN_SUFFIXES
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.errors import SplitlearnError
@@ -49,9 +50,8 @@ def record_golden(
         try:
             golden = record(running.compute_function, inputs)
         except Exception as error:
-            lines = str(error).strip().splitlines()
             raise CannotRecord(
-                f"model {model_id!r} does not answer: {type(error).__name__}: {lines[0] if lines else ''}"
+                f"model {model_id!r} does not answer: {in_one_line(error)}"
             ) from error
         generation = instance.spec.generation
     try:

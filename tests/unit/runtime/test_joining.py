@@ -183,6 +183,7 @@ def test_a_model_of_independent_rows_joins(
         (KeepsRandom(), "it answers the same input differently from call to call"),
         (NotFinite(), "its answers have values that are not finite"),
         (OneSize(), "batches of another size fail (RuntimeError: shape '[1, 4]' is invalid"),
+        (torch.jit.script(OneSize()), "(RuntimeError: shape '[1, 4]' is invalid"),
         (NoRows(), "its output has no dimension of rows"),
         (Flattened(), "the first dimension of its output is not that of its input"),
         (FindsNothing(), "the first dimension of its output is not that of its input"),
