@@ -266,6 +266,11 @@ def test_golden_answers_are_recorded_and_held_against_the_next_version(tmp_path:
             callers.wait_for(look, "the new version is found to answer otherwise")
             callers.one_more_each()
             assert {version_of(a) for a in callers.answers[0]} == {3}
+            # What would help, if those answers were meant, does.
+            _, explained = node.get("/api/v1/models/versions/explain")
+            assert "leave `verify.golden` out" in explained
+            place.declare()
+            callers.wait_for(lambda: version_of(callers.answers[0][-1]) == 4, "it serves")
 
 
 def test_a_storm_of_edits_ends_with_the_last_one(tmp_path: Path) -> None:

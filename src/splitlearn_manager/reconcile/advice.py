@@ -34,7 +34,8 @@ _FIX = {
     "HubUnreachable": "bring the network back, or cache the revision on this machine",
     "RolloutFailed": "correct the version, or widen its `rollout` rules; the old one goes on serving",
     "RolloutAborted": "go back to the old version in its file, or put a better one in place",
-    "GoldenMismatch": "correct the weights, or record what is right (`golden`) while it serves",
+    "GoldenMismatch": "correct the weights; if the new answers are the right ones, leave `verify.golden` out "
+    "of its file until they serve, record them (`golden`), and put it back",
     "AnswersDiffer": "raise verify.max_difference if the change is meant",
     "NotFinite": "look for damaged weights; the old version goes on serving",
     "LoadTimeout": "raise load_timeout_s if the load is only slow; if its code hangs, correct that",
