@@ -120,6 +120,12 @@ def test_a_model_that_writes_to_its_buffers_is_refused() -> None:
     assert caught.value.reason == "FreezeFailed"
 
 
+@pytest.mark.parametrize("how", ["freeze", "compile"])
+def test_torchscript_is_refused_as_that(how: str) -> None:
+    with pytest.raises(CannotOptimize, match="it is TorchScript, or has a part that is"):
+        optimized(torch.jit.script(mlp()), how, SHAPES["mlp"])
+
+
 class BySize(nn.Module):
     """Another answer for each of several sizes: what a trace would take from its example alone."""
 

@@ -64,3 +64,10 @@ def in_one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines[:2] if lines and lines[0].endswith(":") else lines[:1])
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def why_not(error: BaseException, module: nn.Module) -> str:
+    """Why torch could not freeze or compile the module: what it says of TorchScript is of its own insides."""
+    if any(isinstance(part, torch.jit.ScriptModule) for part in module.modules()):
+        return "it is TorchScript, or has a part that is, which can be neither frozen nor compiled"
+    return in_one_line(error)

@@ -27,7 +27,7 @@ from torch import nn
 from splitlearn_comm.core import ModelComputeFunction
 from splitlearn_comm.core.out_of_memory import is_out_of_memory
 from splitlearn_manager.errors import CannotOptimize, LoadError
-from splitlearn_manager.runtime.optimize.candidate import in_one_line, keywords_of
+from splitlearn_manager.runtime.optimize.candidate import keywords_of, why_not
 from splitlearn_manager.runtime.optimize.compiler import COMPILER, missing_compiler
 from splitlearn_manager.runtime.optimize.examples import Examples
 
@@ -69,7 +69,7 @@ class Compiled:
                     raise
                 kind = LoadError if _is_of_the_system(error) else CannotOptimize
                 raise kind(
-                    f"model {function.model_name!r}: torch.compile failed: {in_one_line(error)}",
+                    f"model {function.model_name!r}: torch.compile failed: {why_not(error, function.model)}",
                     reason="CompileFailed",
                 ) from error
 

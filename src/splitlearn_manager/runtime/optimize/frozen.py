@@ -28,7 +28,7 @@ from splitlearn_comm.core import ModelComputeFunction
 from splitlearn_comm.core.out_of_memory import is_out_of_memory
 from splitlearn_manager.errors import CannotOptimize
 from splitlearn_manager.runtime.optimize.agreement import difference
-from splitlearn_manager.runtime.optimize.candidate import extra_mb, in_one_line, keywords_of
+from splitlearn_manager.runtime.optimize.candidate import extra_mb, keywords_of, why_not
 from splitlearn_manager.runtime.optimize.compiler import COMPILER
 from splitlearn_manager.runtime.optimize.examples import Examples
 from splitlearn_manager.runtime.optimize.folding import fold, share
@@ -87,7 +87,7 @@ class Frozen:
             if is_out_of_memory(error):
                 raise
             raise CannotOptimize(
-                f"model {function.model_name!r} cannot be frozen: {in_one_line(error)}",
+                f"model {function.model_name!r} cannot be frozen: {why_not(error, function.model)}",
                 reason="FreezeFailed",
             ) from error
         self._programs = tuple(programs)
