@@ -216,32 +216,45 @@ class Reconciler:
                 self._woken = False
 
     @contextmanager
-    def waiting_for(self, model_id: str, timeout_s: float) -> Iterator[None]:
-        """Asks for a model that is evicted or pending, and waits until it serves.
+    def waiting_for(self, model_id: str, timeout_s: float, name: str = "") -> Iterator[None]:
+        """Asks for a model that is evicted or pending, and waits until it serves, under that name if any.
 
         Until the end of the block it stays, so that who has waited can take a lease on it.
-        Raises ModelUnavailable if it does not serve `timeout_s` later, or fails to load.
+        Raises ModelUnavailable if it does not serve `timeout_s` later, fails to load, or loses the name.
         """
         waiter = self.join(model_id, timeout_s)
         try:
-            self.wait_until_serves(model_id, waiter.deadline_s)
+            self.wait_until_serves(model_id, waiter.deadline_s, name)
             yield
         finally:
             self.leave(waiter)
 
-    def wait_until_serves(self, model_id: str, deadline_s: float) -> None:
+    def wait_until_serves(self, model_id: str, deadline_s: float, name: str = "") -> None:
         """Waits for a model that somebody has asked for with `join`.
 
         Raises ModelUnavailable if it does not serve by then, or fails to load.
+
+        Args:
+            name: what requests call it, the model or its endpoint. What serves may have that name only once
+                it is updated; where the files give it the name no more, nothing is left to wait for.
         """
         with self._wake:
-            while model_id not in self._manager.table.by_model:
+            while not self._serves(model_id, name):
                 left = deadline_s - self._clock.now()
                 phase = self.status.phases.get(model_id)
                 if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
                     state = self.status.in_short(model_id) if phase is not None else "gone"
                     raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
+                if name and model_id not in self.names.get(name, ()):
+                    raise ModelUnavailable(
+                        f"model {model_id!r} is not called {name!r} any more; try again"
+                    )
                 self._wake.wait(left)
+
+    def _serves(self, model_id: str, name: str) -> bool:
+        table = self._manager.table
+        is_called_so = not name or name in table.by_endpoint or name in table.by_model
+        return is_called_so and model_id in table.by_model
 
     def is_over(self, waiter: Waiter) -> bool:
         """Whether its time is."""

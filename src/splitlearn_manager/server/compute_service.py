@@ -203,7 +203,7 @@ class ManagedBackend:
         wait_s = LONGEST_WAIT_S if remaining_s is None else min(remaining_s, LONGEST_WAIT_S)
         until = monotonic() + wait_s
         while True:
-            with self._waiting_for(self._asleep(name), until - monotonic()):
+            with self._waiting_for(self._asleep(name), until - monotonic(), name):
                 try:
                     return self._routed(name)
                 except (ModelNotFound, ModelUnavailable):
@@ -253,8 +253,8 @@ class ManagedBackend:
         return self._room.waits_for(model_id) or model_id in self._awaited
 
     @contextmanager
-    def _waiting_for(self, model_id: str, wait_s: float) -> Iterator[None]:
-        """Waits until the model serves; it goes on serving until the end of the block.
+    def _waiting_for(self, model_id: str, wait_s: float, name: str) -> Iterator[None]:
+        """Waits until the model serves under that name; it goes on serving until the end of the block.
 
         Raises ModelUnavailable if it does not serve in time, or too many wait already.
         """
@@ -264,7 +264,7 @@ class ManagedBackend:
             self._awaited[model_id] += 1
         began, in_vain = monotonic(), True
         try:
-            with self._reconciler.waiting_for(model_id, wait_s):
+            with self._reconciler.waiting_for(model_id, wait_s, name):
                 in_vain = False
                 self._observe_wait(in_vain, monotonic() - began)
                 yield

@@ -3,7 +3,8 @@
     add ─► the reconciler knows that it is waited for ─► it serves: the request is entered again
                                                       └► its time is over, or the model failed: refused
 
-A request has no thread while it waits; each model that is waited for has one.
+A request has no thread while it waits; each model that is waited for has one, for each name that it is
+asked for by: what serves may be called otherwise than its next version.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ LONGEST_WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Waits:
-    """A request; `name` is what it asks for, a model or an endpoint."""
+    """A request."""
 
-    name: str
     inference: Inference
     waiter: Waiter
     came_s: float
@@ -62,12 +62,14 @@ class WaitingRoom:
         self._most = most
         self._observe_wait = observe_wait
         self._lock = threading.Lock()
-        self._waiting: dict[str, list[_Waits]] = {}
+        # By the model, and what it is asked for by: its id or its endpoint.
+        self._waiting: dict[tuple[str, str], list[_Waits]] = {}
         self._count = 0
 
     def waits_for(self, model_id: str) -> bool:
         """Whether some request does."""
-        return model_id in self._waiting
+        with self._lock:
+            return any(awaited == model_id for awaited, _ in self._waiting)
 
     def add(self, model_id: str, name: str, inference: Inference) -> None:
         """Have a request wait for a model; from now on it is the room's.
@@ -84,47 +86,50 @@ class WaitingRoom:
                 )
             self._count += 1
             waiter = self._reconciler.join(model_id, max(0.0, wait_s))
-            is_first = model_id not in self._waiting
-            self._waiting.setdefault(model_id, []).append(_Waits(name, inference, waiter, now_s))
+            is_first = (model_id, name) not in self._waiting
+            waiting = self._waiting.setdefault((model_id, name), [])
+            waiting.append(_Waits(inference, waiter, now_s))
         if is_first:
             threading.Thread(
-                target=self._attend, args=(model_id,), name=f"waits-{model_id}", daemon=True
+                target=self._attend, args=(model_id, name), name=f"waits-{model_id}", daemon=True
             ).start()
 
-    def _attend(self, model_id: str) -> None:
-        """Until nobody waits for the model any more."""
+    def _attend(self, model_id: str, name: str) -> None:
+        """Until nobody waits for the model, by that name, any more."""
+        awaited = model_id, name
         while True:
             with self._lock:
-                waiting = self._waiting[model_id]
+                waiting = self._waiting[awaited]
                 if not waiting:
-                    del self._waiting[model_id]
+                    del self._waiting[awaited]
                     return
                 first_s = min(one.waiter.deadline_s for one in waiting)
             try:
-                self._reconciler.wait_until_serves(model_id, first_s)
+                self._reconciler.wait_until_serves(model_id, first_s, name)
             except ModelUnavailable as unavailable:
                 refusal = refusal_of(unavailable)
                 # Unless somebody's time is over, it is the model that will not come.
                 late = [one for one in waiting if self._reconciler.is_over(one.waiter)]
-                for one in self._taken(model_id, late):
+                for one in self._taken(awaited, late):
                     self._refuse(one, refusal)
             else:
-                for one in self._taken(model_id, ()):
-                    self._try(model_id, one)
+                for one in self._taken(awaited, ()):
+                    self._try(awaited, one)
 
-    def _taken(self, model_id: str, wanted: list[_Waits] | tuple[()]) -> list[_Waits]:
+    def _taken(self, awaited: tuple[str, str], wanted: list[_Waits] | tuple[()]) -> list[_Waits]:
         """Take those out, or all if none are named."""
         with self._lock:
-            taken = list(wanted or self._waiting[model_id])
-            self._waiting[model_id] = [
-                one for one in self._waiting[model_id] if wanted and one not in wanted
+            taken = list(wanted or self._waiting[awaited])
+            self._waiting[awaited] = [
+                one for one in self._waiting[awaited] if wanted and one not in wanted
             ]
         return taken
 
-    def _try(self, model_id: str, one: _Waits) -> None:
+    def _try(self, awaited: tuple[str, str], one: _Waits) -> None:
+        model_id, name = awaited
         try:
             one.inference.check_wanted()
-            entered = self._enter(one.name, one.inference)
+            entered = self._enter(name, one.inference)
         except ComputeError as refusal:
             self._refuse(one, refusal)
             return
@@ -138,7 +143,7 @@ class WaitingRoom:
             return
         # Taken away between its READY and our lease.
         with self._lock:
-            self._waiting[model_id].append(one)
+            self._waiting[awaited].append(one)
 
     def _refuse(self, one: _Waits, refusal: ComputeError) -> None:
         self._leave(one, in_vain=True)

@@ -383,6 +383,42 @@ def test_a_plain_forward_for_a_model_that_fails_is_refused(parked: Server) -> No
         one.result()
 
 
+def test_one_that_asks_by_the_name_of_the_next_version_waits_for_that_and_costs_nothing() -> None:
+    """Seen to fail, with a thread that tries it all the time, when it waits for the model alone."""
+    server = Server()
+    server.declare("m", endpoint="old")
+    server.settle()
+    server.declare("m", endpoint="new", config={"kwargs": {"v": 2}})
+    for _ in range(2):
+        server.reconciler.turn()
+    assert server.reconciler.status.phases["m"] == "Updating"
+    one, tries = Asked(torch.ones(1, 4)), []
+    one.check_wanted = lambda: tries.append(1)  # type: ignore[method-assign]
+    assert server.backend.enter("new", one)
+    for _ in range(100):
+        server.reconciler.turn()
+    eventually(lambda: [server.settle(), one.ended.is_set()][1], "it is answered")
+    one.result()
+    # Once before it is entered, once by the batcher.
+    assert len(tries) == 2
+
+
+def test_one_that_waits_by_a_name_that_the_model_loses_is_refused() -> None:
+    """Seen to fail, with requests that wait for their deadlines, when it waits for the model alone."""
+    server = Server()
+    server.declare("m", endpoint="old", keep_alive_s=10.0)
+    server.settle()
+    server.bench.clock.advance(11.0)
+    server.settle()
+    one = Asked(torch.ones(1, 4))
+    assert server.backend.enter("old", one)
+    server.bench.clock.advance(1.0)
+    server.declare("m", endpoint="new")
+    eventually(lambda: [server.settle(), one.ended.is_set()][1], "it is refused")
+    with pytest.raises(NotReady, match="'m' is not called 'old' any more"):
+        one.result()
+
+
 @pytest.mark.parametrize(("name", "kind"), [("nobody", UnknownTarget), ("", NotReady)])
 def test_a_plain_forward_for_which_nobody_can_be_waited_for_is_refused_at_once(
     server: Server, name: str, kind: type[ComputeError]
