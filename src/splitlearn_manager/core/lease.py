@@ -8,9 +8,14 @@ from splitlearn_manager.core.managed_model import ManagedModel
 
 
 class Lease:
-    """A request's hold on an instance. Give it back with `release`, or use it in a `with`."""
+    """A request's hold on an instance. Give it back with `release`, or use it in a `with`.
 
-    __slots__ = ("_closed", "_give_back", "instance", "ok", "started_s")
+    Attributes:
+        ok: whether the request was answered.
+        counts: False if the instance was asked nothing in the end: then it is no request of its.
+    """
+
+    __slots__ = ("_closed", "_give_back", "counts", "instance", "ok", "started_s")
 
     def __init__(
         self, instance: ManagedModel, started_s: float, give_back: Callable[[Lease], None]
@@ -20,6 +25,7 @@ class Lease:
         self.instance = instance
         self.started_s = started_s
         self.ok = True
+        self.counts = True
 
     def __enter__(self) -> Lease:
         return self

@@ -181,15 +181,19 @@ class ManagedModel:
             self.last_used_s = now
             return True
 
-    def release(self, now: float, *, duration_s: float, ok: bool) -> bool:
-        """Gives a lease back; True if it was the last one of an instance that drains."""
+    def release(self, now: float, *, duration_s: float, ok: bool, counts: bool = True) -> bool:
+        """Gives a lease back; True if it was the last one of an instance that drains.
+
+        Args:
+            counts: whether it is counted as a request.
+        """
         with self._lease_lock:
             self._leases -= 1
             self.last_used_s = now
-            self.requests += 1
-            self.busy_s += duration_s
-            if not ok:
-                self.errors += 1
+            if counts:
+                self.requests += 1
+                self.busy_s += duration_s
+                self.errors += not ok
             return self._leases == 0 and not self._granting
 
     def stop_leases(self) -> bool:

@@ -3,7 +3,8 @@
     request ─► old version ─► answer sent ─► copy of the request ─► new version ─► compared, and thrown away
 
 A copy is made of the request as it came, before a model may write into it, and nothing of it reaches the
-caller: neither what the new version says nor how long it takes. Where too much waits, nothing is asked.
+caller: neither what the new version says nor how long it takes. Where too much waits, nothing is asked, and
+what was not asked in the end is no request of the new version: it proves nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from splitlearn_comm.core.codec import TensorCodec
 from splitlearn_comm.core.errors import ComputeError, DeadlinePassed
 from splitlearn_comm.core.packed import Packed, Rows
 from splitlearn_comm.server.backend import Inference
+from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.logs import log_event
@@ -49,12 +51,16 @@ class Shadows:
         return _Followed(inference, lambda answer: self._ask(version, copy, answer)), first
 
     def _ask(self, version: ManagedModel, packed: Packed, answer: torch.Tensor) -> None:
+        # Again: many requests may have been answered at once.
+        if version.trial is None or version.in_flight >= _MOST_WAITING:
+            return
         lease = self._manager.try_lease(version)
         if lease is None:
             return
         try:
-            self._batcher.submit(lease, _Shadow(version, answer), packed)
+            self._batcher.submit(lease, _Shadow(lease, answer), packed)
         except ComputeError:
+            lease.counts = False
             lease.release()
 
 
@@ -80,8 +86,9 @@ class _Followed:
 class _Shadow:
     """The copy of a request, for which nobody waits."""
 
-    def __init__(self, version: ManagedModel, expected: torch.Tensor) -> None:
-        self._version = version
+    def __init__(self, lease: Lease, expected: torch.Tensor) -> None:
+        self._lease = lease
+        self._version = lease.instance
         self._expected = expected
         self.until_s: float | None = time.monotonic() + _PATIENCE_S
 
@@ -99,6 +106,7 @@ class _Shadow:
             trial.worst = max(trial.worst, _apart(self._expected, output.tensor()))
 
     def refuse(self, error: ComputeError, model_id: str = "") -> None:
+        self._lease.counts = self._version.trial is not None
         log.debug("model_id=%s reason=%s in a shadow", model_id, error.reason)
 
 
