@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import grpc
@@ -12,7 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from splitlearn_comm import GRPCComputeClient
 from splitlearn_comm.client import RemoteComputeError
+from splitlearn_comm.client.retry import FixedDelay
 from splitlearn_comm.core import TensorCodec
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from support.node import Node
@@ -36,6 +39,7 @@ SOON = {"percent": 50, "for_s": 0.3}
 
 FAULTY = """
 import os
+import threading
 
 import torch
 from torch import nn
@@ -53,6 +57,8 @@ class Faulty(nn.Module):
         if bool((x == 1).any()):
             if self.how == "raises":
                 raise ValueError("no vocabulary")
+            if self.how == "hangs":
+                threading.Event().wait()
             os._exit(9)
         return x * 0 + self.value
 
@@ -211,6 +217,32 @@ def test_a_canary_whose_requests_fail_is_taken_back(node: Node) -> None:
     assert "of its 3 requests failed" in str(status["conditions"]) or "requests failed" in str(
         status
     )
+
+
+def test_a_canary_that_hangs_is_taken_back_once_callers_have_given_up(node: Node) -> None:
+    model(node, 1)
+    node.wait_phase("m", "Ready")
+    declare(
+        node.directory,
+        "m",
+        model_path="bad:faulty",
+        rollout=canary(HALF),
+        drain_timeout_s=0.1,
+        config={"input_shape": [1, 4], "kwargs": {"how": "hangs"}},
+    )
+    eventually(is_tried(node), "it is tried")
+    once = FixedDelay(max_attempts=1)
+    with GRPCComputeClient(node.address, timeout=0.5, retry_strategy=once) as client:
+
+        def taken_back() -> bool:
+            with suppress(RemoteComputeError):
+                client.compute(X, "m")
+            return "RolloutFailed" in str(node.status("m").get("conditions"))
+
+        eventually(taken_back, "it is taken back")
+    with impatient(node) as client:
+        for _ in range(20):
+            assert float(client.compute(X, "m").flatten()[0]) == 1.0
 
 
 def test_a_canary_that_crashes_is_taken_back_and_only_requests_inside_it_fail(node: Node) -> None:

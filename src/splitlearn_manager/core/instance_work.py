@@ -220,7 +220,10 @@ class InstanceWork:
             return 0.0
         old = self._instances.serving(instance.model_id)
         verdict, why = trial.judged(
-            instance.config, now, instance.traffic, old.traffic if old is not None else None
+            instance.config,
+            now,
+            trial.traffic_of(instance),
+            trial.traffic_of(old) if old is not None else None,
         )
         about = f"generation {instance.spec.generation} {why}"
         if verdict is Verdict.TAKE_BACK:

@@ -11,11 +11,17 @@ switches, is elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.config.rollout import Rollout
+
+if TYPE_CHECKING:
+    from splitlearn_manager.core.lease import Lease
+    from splitlearn_manager.core.managed_model import ManagedModel
 
 
 class Verdict(StrEnum):
@@ -32,7 +38,7 @@ class Traffic:
     """Requests of an instance over some time.
 
     Attributes:
-        requests: that have ended.
+        requests: that have ended, or whose callers have given up.
         errors: those of them that failed.
         busy_s: what they took together, in seconds.
     """
@@ -138,6 +144,7 @@ class Trial:
     def __init__(self, config: ModelConfig, now_s: float, old: Traffic) -> None:
         self._old_before = old
         self._new_before = Traffic()
+        self._inside: dict[Lease, Callable[[], bool]] = {}
         self._since_s = now_s
         self.step = 0
         self.worst = 0.0
@@ -157,6 +164,29 @@ class Trial:
         """Go by other rules from now on."""
         self.step = min(self.step, len(config.rollout.stages) - 1) if config.rollout else 0
         self._of(config)
+
+    def watch(self, lease: Lease, gave_up: Callable[[], bool]) -> None:
+        """One of both versions has a request from now on; `gave_up` says whether its caller waits no more.
+
+        Any thread may call it.
+        """
+        self._inside[lease] = gave_up
+
+    def traffic_of(self, instance: ManagedModel) -> Traffic:
+        """The requests of one of both versions so far.
+
+        Those that it has and whose callers have given up have failed already: a version that hangs would
+        not be found out otherwise, because its requests never end.
+        """
+        ended, inside = instance.traffic, list(self._inside.items())
+        for lease, _ in inside:
+            if lease.released:
+                self._inside.pop(lease, None)
+        lost = sum(
+            lease.instance is instance and not lease.released and gave_up()
+            for lease, gave_up in inside
+        )
+        return Traffic(ended.requests + lost, ended.errors + lost, ended.busy_s)
 
     def judged(
         self, config: ModelConfig, now_s: float, new: Traffic, old: Traffic | None

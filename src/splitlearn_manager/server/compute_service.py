@@ -18,6 +18,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from time import monotonic
 
 from splitlearn_comm.core.codec import TensorCodec
@@ -127,6 +128,7 @@ class ManagedBackend:
     ) -> bool:
         """Queue a request for an instance, or for the version that is tried beside it."""
         tried = table.trials.get(chosen.model_id) if table.trials else None
+        trial = tried.version.trial if tried is not None and not tried.shadow else None
         if tried is not None and self._draw() * 100 >= tried.percent:
             tried = None
         lease = None
@@ -140,6 +142,8 @@ class ManagedBackend:
             if tried is not None and tried.shadow:
                 inference, packed = self._shadows.follow(tried.version, inference, packed)
             self._batcher.submit(lease, inference, packed)
+            if trial is not None:
+                trial.watch(lease, partial(_gave_up, inference))
         except BaseException:
             lease.ok = False
             lease.release()
@@ -276,3 +280,8 @@ class ManagedBackend:
                 if not self._awaited[model_id]:
                     del self._awaited[model_id]
             self._waiters.release()
+
+
+def _gave_up(inference: Inference) -> bool:
+    """Whether its caller waits no more. One that is gone is not told from one that has its answer."""
+    return inference.until_s is not None and monotonic() >= inference.until_s

@@ -7,6 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitlearn_manager.config.model_config import ModelConfig
+from splitlearn_manager.core.lease import Lease
+from splitlearn_manager.core.lifecycle import ModelSpec, Owner
+from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.rollout import Progress, Traffic, Trial, Verdict, judge
 from support.fakes import model
 
@@ -67,3 +70,23 @@ def test_what_people_say_counts_for_a_paused_one_too() -> None:
     for order in (Verdict.TAKE_OVER, Verdict.TAKE_BACK):
         trial.ordered = order
         assert trial.judged(config(), 0.0, NOBODY, NOBODY)[0] is order
+
+
+def test_a_request_whose_caller_has_given_up_has_failed_though_it_never_ends() -> None:
+    """Seen to fail, with a version that hangs and is tried for ever, if only what has ended counts."""
+    versions = [
+        ManagedModel(
+            key, ModelSpec.of(config()), owner=Owner.DIRECTORY, device="cpu", loading_since_s=0
+        )
+        for key in ("m#1", "m#2")
+    ]
+    old, new = versions
+    trial = Trial(config(), 0.0, NOBODY)
+    leases = [Lease(instance, 0.0, lambda lease: None) for instance in (new, new, new, old)]
+    given_up = [True, True, False, True]
+    for lease, gave_up in zip(leases, given_up, strict=True):
+        trial.watch(lease, lambda gave_up=gave_up: gave_up)  # type: ignore[misc]
+    assert trial.traffic_of(new) == Traffic(2, 2, 0.0)
+    assert trial.traffic_of(old) == Traffic(1, 1, 0.0)
+    leases[0].release()
+    assert trial.traffic_of(new) == Traffic(1, 1, 0.0)
