@@ -141,7 +141,7 @@ def load_strategy(name: str) -> RoutingStrategy:
     make = strategy_factory(name)
     try:
         strategy: object = make()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(
             f"routing: {name} could not be made without arguments: {type(error).__name__}: {error}"
         ) from error
@@ -158,7 +158,7 @@ def _imported(name: str) -> Callable[[], RoutingStrategy]:
         raise ConfigError(f"routing: expected package.module:Class, got {name!r}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: importing it may raise anything
+    except (Exception, SystemExit) as error:  # the module is the user's: it may raise anything
         raise ConfigError(
             f"routing: {module_name!r} of {name!r} could not be imported: "
             f"{type(error).__name__}: {error}"

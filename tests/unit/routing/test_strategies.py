@@ -195,6 +195,10 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         encoding="utf-8",
     )
     (tmp_path / "own_broken.py").write_text("import no_such_module_here\n", encoding="utf-8")
+    (tmp_path / "own_exit.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
+    (tmp_path / "own_late_exit.py").write_text(
+        "class Ends:\n    def __init__(self):\n        raise SystemExit(3)\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
@@ -213,6 +217,8 @@ def test_your_own_class_is_imported() -> None:
         ("own_routing:", "routing: expected package.module:Class"),
         ("no_such_pkg.mod:Class", "routing: 'no_such_pkg.mod' .* could not be imported"),
         ("own_broken:Class", "could not be imported: ModuleNotFoundError"),
+        ("own_exit:Class", "could not be imported: SystemExit: 3"),
+        ("own_late_exit:Ends", "could not be made without arguments: SystemExit: 3"),
         ("own_routing:Missing", "routing: own_routing has no class called 'Missing'"),
         ("own_routing:number", "routing: expected a class at own_routing:number, found a float"),
         ("own_routing:Needs", "routing: own_routing:Needs could not be made without arguments"),
