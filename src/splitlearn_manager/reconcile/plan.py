@@ -223,6 +223,10 @@ class _Planner:
         if tried.spec.version != wanted.spec.version or wanted.spec.config.rollout is None:
             self._room.mark_freeing((tried.key,))
             return self._cancel(tried, "another version is wanted by now")
+        if wanted.own_limit_problem is not None:
+            # A load of it would fail by that, and so it must not take over.
+            self._room.mark_freeing((tried.key,))
+            return self._cancel(tried, wanted.own_limit_problem)
         if tried.spec.spec_hash != wanted.spec.spec_hash:
             return self._adjustment(wanted, tried, tried.reserved_mb)
         message = f"generation {tried.spec.generation} is tried: {tried.trial}"

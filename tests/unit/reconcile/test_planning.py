@@ -447,6 +447,25 @@ def test_the_room_of_a_rollout_that_is_cancelled_is_waited_for_and_nobody_is_evi
     assert node.made.actions[1].after == ("a",)
 
 
+def test_a_version_that_is_tried_is_taken_back_if_it_breaks_its_own_new_limit() -> None:
+    """Seen to fail, with a version that takes over and breaks it, when the limit is only adopted."""
+    node = Node()
+    node.serve("a")
+    rollout = {"canary": [{"percent": 5, "for_s": 60}]}
+    node.want("a", trusted=True, rollout=rollout)
+    node.begin("a")
+    node.bench.executor.run_all()
+    node.want("a", trusted=True, rollout=rollout, max_memory_mb=5)
+    assert node.actions == [(Verb.ADJUST, "a")]
+    node.change("a", own_limit_problem="it takes 10 MB, its max_memory_mb is 5")
+    action = node.only_action()
+    assert (action.verb, action.model_id) == (Verb.CANCEL, "a")
+    assert "its max_memory_mb is 5" in action.detail
+    assert node.bench.manager.cancel_rollout("a", str(action.key))
+    node.bench.executor.run_all()
+    assert (node.actions, node.reason("a")) == ([], "OverMemoryLimit")
+
+
 def test_the_forecast_counts_a_surges_two_copies_at_its_peak() -> None:
     node = Node()
     node.serve("a", mb=10.0)
