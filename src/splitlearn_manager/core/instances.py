@@ -390,7 +390,7 @@ class Instances:
                 if instance.spec.version != spec.version or spec.config.rollout is None:
                     return False
                 instance.spec = spec
-                trial.adopt(spec.config)
+                trial.adopt(spec.config, self._clock.now(), instance.traffic)
                 self._publish()
                 return True
         return False

@@ -160,10 +160,15 @@ class Trial:
         self.shadow = rules is not None and rules.shadow is not None
         self.percent = stages[min(self.step, len(stages) - 1)].percent if stages else 0.0
 
-    def adopt(self, config: ModelConfig) -> None:
-        """Go by other rules from now on."""
+    def adopt(self, config: ModelConfig, now_s: float, new: Traffic) -> None:
+        """Go by other rules from now on. Between canary and shadow they begin with their first step: what
+        was seen of the one is not what the other is to show."""
+        was_shadow = self.shadow
         self.step = min(self.step, len(config.rollout.stages) - 1) if config.rollout else 0
         self._of(config)
+        if self.shadow is not was_shadow:
+            self.step, self._since_s, self._new_before = 0, now_s, new
+            self._of(config)
 
     def watch(self, lease: Lease, gave_up: Callable[[], bool]) -> None:
         """One of both versions has a request from now on; `gave_up` says whether its caller waits no more.

@@ -90,3 +90,25 @@ def test_a_request_whose_caller_has_given_up_has_failed_though_it_never_ends() -
     assert trial.traffic_of(old) == Traffic(1, 1, 0.0)
     leases[0].release()
     assert trial.traffic_of(new) == Traffic(1, 1, 0.0)
+
+
+def test_from_a_shadow_to_a_canary_and_back_the_first_step_begins_anew() -> None:
+    """Seen to fail, with a version that takes over before it has answered anybody, when time goes on."""
+    canary = config(canary=[{"percent": 1, "for_s": 60}, {"percent": 50, "for_s": 60}])
+    longer = config(canary=[{"percent": 1, "for_s": 90}, {"percent": 50, "for_s": 60}])
+    shadow = config(canary=None, shadow={"percent": 100, "for_s": 3600})
+    seen = Traffic(1000, 0, 1.0)
+    trial = Trial(shadow, 0.0, NOBODY)
+    trial.adopt(canary, 1000.0, seen)
+    assert (trial.shadow, trial.step, trial.percent) == (False, 0, 1.0)
+    more = Traffic(1010, 0, 1.0)
+    assert trial.judged(canary, 1059.0, more, NOBODY)[0] is Verdict.GO_ON
+    assert trial.judged(canary, 1060.0, Traffic(1009, 0, 1.0), NOBODY)[0] is Verdict.GO_ON
+    assert trial.judged(canary, 1060.0, more, NOBODY)[0] is Verdict.NEXT_STEP
+    # Other times of the same kind count from when the step began.
+    trial.adopt(longer, 1060.0, more)
+    assert trial.judged(longer, 1090.0, more, NOBODY)[0] is Verdict.NEXT_STEP
+    trial.next_step(longer, 1090.0, more)
+    trial.adopt(shadow, 2000.0, more)
+    assert (trial.shadow, trial.step, trial.percent) == (True, 0, 100.0)
+    assert trial.step_ends_s(shadow) == 5600.0
