@@ -33,6 +33,7 @@ _HEADLINES = {
     "WeightsNotReady": "waits for its files, which are still changing",
     "DeviceNotFound": "waits for a device that this node does not have",
     "RateLimited": "is not tried for a while: its loads failed too often",
+    "RolloutPending": "is loaded next, in the version that served last",
 }
 _CHANGE = "a change of its file or its weights"
 
@@ -143,10 +144,22 @@ def pending(case: Case, wanted: Wanted) -> Explanation:
         )
     if facts.waiting is None:
         return case.says("is loaded next", origin(facts), hung_in_words(facts))
+    has_rollout = wanted.spec.config.rollout is not None
+    former, new = facts.fallback if has_rollout or wanted.suspended else None, wanted
+    wanted = former or wanted
     waits_for, would_help, because = wait_in_words(case, wanted, facts.waiting)
     headline = _HEADLINES.get(facts.waiting.reason, f"waits ({facts.waiting.reason})")
     if facts.waiting.reason == "InsufficientMemory" and advice.too_large_for_any(wanted, case.node):
         headline = "is too large for this node as it is set up"
+    if former is not None:
+        if facts.waiting.message not in because:
+            because = (
+                f"generation {former.spec.generation}, which served last, is loaded first",
+                *because,
+            )
+        if has_rollout and not new.suspended:
+            instead = f"without `rollout` in its file generation {new.spec.generation} is loaded in its place"
+            would_help = (*would_help, instead)
     return case.says(
         headline,
         *because,

@@ -25,7 +25,7 @@ are given turns, `filling` says.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -77,6 +77,7 @@ class _Planner:
         self._waiting: list[Waiting] = []
         self._due: list[float] = []
         self._short: list[tuple[Wanted, InstanceView]] = []
+        self._former: dict[str, ModelSpec] = {}  # what is loaded first, as it served last
 
     def run(self) -> Plan:
         unloads = self._unloads()
@@ -106,13 +107,23 @@ class _Planner:
         actions = (*adjusts, *starts, *unloads, *loads.others)
         return Plan(
             actions,
-            tuple(sorted((*self._waiting, *loads.waiting), key=lambda w: w.model_id)),
+            tuple(sorted(self._all_waiting(loads.waiting), key=lambda w: w.model_id)),
             forecast(self._observed.snapshot.ledger, actions, self._observed.max_parallel_loads),
             min((*self._due, *loads.due_s), default=None),
             turns=loads.turns(starts),
             held=loads.held,
             awaits_idle=loads.awaits_idle,
         )
+
+    def _all_waiting(self, for_room: Sequence[Waiting]) -> list[Waiting]:
+        """Who waits and why; of a model whose former version comes first, what that one waits for."""
+        of_former = {w.model_id: w for w in for_room if w.model_id in self._former}
+        waiting = [w for w in (*self._waiting, *for_room) if w.model_id not in of_former]
+        for model_id, room in of_former.items():
+            generation = self._former[model_id].generation
+            message = f"generation {generation}, which served last, is loaded first: {room.message}"
+            waiting.append(replace(room, message=message))
+        return waiting
 
     def _complete(self, going: Collection[str | None]) -> list[Action]:
         """What is left goes to those that stay and reserve less than they were measured to take."""
@@ -329,12 +340,14 @@ class _Planner:
         if wanted.suspended and fallback is not None:
             # It is to stay as it is: what served when it was suspended, not what was never tried.
             self._wait(model_id, "Suspended", "the version that served last is loaded again")
+            self._former[model_id] = fallback.spec
             to_load.append(fallback)
             return
         why = self._why_not_load(wanted)
         if why is None and wanted.spec.config.rollout is not None and fallback is not None:
             message = "the version that served last is loaded first; the new one is tried beside it"
             self._wait(model_id, "RolloutPending", message)
+            self._former[model_id] = fallback.spec
             to_load.append(fallback)
             return
         if why is None:

@@ -446,6 +446,29 @@ def test_updating_by_surge() -> None:
     assert found.waits_for == "the load, which is given up at 12:09:58 (load_timeout_s = 600)"
 
 
+def test_a_rollout_whose_old_version_finds_no_room_says_so_and_what_would_help() -> None:
+    """Seen to fail, with the room that the new version needs, when that is what is explained."""
+    rules = {"canary": [{"percent": 5, "for_s": 60}]}
+    new = ModelSpec.of(model("m", trusted=True, rollout=rules), weights="w0", generation=2)
+    message = "generation 1, which served last, is loaded first: needs 60 MB on cpu"
+    waits = replace(
+        NOTHING,
+        wanted=wanted(new, 10.0),
+        fallback=wanted(OLD, 60.0),
+        waiting=Waiting("m", "InsufficientMemory", message),
+    )
+    found = of(waits)
+    assert (found.headline, found.waits_for) == ("m waits for memory", "60 MB on cpu")
+    assert found.because[0] == message
+    assert found.would_help[-1] == (
+        "without `rollout` in its file generation 2 is loaded in its place"
+    )
+    small = replace(NODE, devices=(DeviceUse("cpu", 0.0, 40.0),))
+    found = explain(waits, small, NOON)
+    assert found.headline == "m is too large for this node as it is set up"
+    assert found.because[0] == "generation 1, which served last, is loaded first"
+
+
 def test_new_weights_are_named_as_what_they_are() -> None:
     coming = ModelSpec.of(model("m"), weights="w1", generation=1)
     views = (view(State.READY, OLD), view(State.LOADING, coming))

@@ -466,6 +466,22 @@ def test_a_version_that_is_tried_is_taken_back_if_it_breaks_its_own_new_limit() 
     assert (node.actions, node.reason("a")) == ([], "OverMemoryLimit")
 
 
+def test_a_former_version_that_is_loaded_first_and_finds_no_room_says_that_it_does_not() -> None:
+    """Seen to fail, with a status that says for ever that it is loaded first, when both are told."""
+    node = Node(budget_mb=40.0)
+    former = node.want("a", mb=60.0)
+    node.want("a", mb=10.0, trusted=True, rollout={"canary": [{"percent": 5, "for_s": 60}]})
+    node.fallbacks["a"] = former
+    for suspended in (False, True):
+        node.change("a", suspended=suspended)
+        assert node.actions == []
+        (waiting,) = node.made.waiting
+        assert waiting.reason == "InsufficientMemory"
+        assert waiting.message.startswith(
+            "generation 1, which served last, is loaded first: needs 60 MB on cpu"
+        )
+
+
 def test_the_forecast_counts_a_surges_two_copies_at_its_peak() -> None:
     node = Node()
     node.serve("a", mb=10.0)
