@@ -36,6 +36,7 @@ from splitlearn_manager.reconcile.explanation import (
     keep_alive,
     origin,
     requests,
+    requests_of,
     takes,
     target,
     tries,
@@ -196,6 +197,19 @@ def _ready(case: Case, wanted: Wanted) -> Explanation:
 def _updating(case: Case, wanted: Wanted) -> Explanation:
     facts, config = case.facts, wanted.spec.config
     coming, serving, old = facts.loading, facts.serving, facts.draining
+    if coming is not None and serving is not None and coming.trial:
+        model_id = facts.model_id
+        return case.says(
+            f"is being rolled out: {target(wanted, serving)} is tried beside generation "
+            f"{serving.spec.generation}",
+            coming.trial,
+            requests_of(coming),
+            waits_for="its steps, each of which takes for_s and min_requests answered requests",
+            would_help=(
+                f"`promote {model_id}` lets it take over at once",
+                f"`abort {model_id}` takes it back",
+            ),
+        )
     if coming is not None and serving is not None:
         since = case.moment.clock(coming.loading_since_s)
         end = case.moment.clock(coming.loading_since_s + config.load_timeout_s)

@@ -88,6 +88,12 @@ def requests(facts: Facts) -> str:
     return f"{requests_} answered, {running:,} running" if answered or running else ""
 
 
+def requests_of(tried: InstanceView) -> str:
+    """How a version does that is tried."""
+    answered = "1 request" if tried.requests == 1 else f"{tried.requests:,} requests"
+    return f"it was asked {answered}, of which {tried.errors:,} failed"
+
+
 def takes(facts: Facts) -> str:
     """What the serving model takes, and was thought to take; empty if that is not known."""
     serving = facts.serving

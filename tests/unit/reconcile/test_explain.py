@@ -21,6 +21,7 @@ from support.fakes import model
 from support.status_lab import (
     ATTEMPT,
     GUARD,
+    NEW,
     NO_PLACE,
     NO_ROOM,
     NODE,
@@ -444,6 +445,22 @@ def test_updating_by_surge() -> None:
         "it is loaded on cpu since 11:59:58, and takes over once it has been tried: no request fails",
     )
     assert found.waits_for == "the load, which is given up at 12:09:58 (load_timeout_s = 600)"
+
+
+def test_a_version_that_is_tried_is_not_said_to_load() -> None:
+    """Seen to fail, with a time at which a rollout would be given up, when it is told as a load."""
+    trial = "canary: step 1 of 2, 5 % of the requests"
+    views = (view(State.READY, OLD), view(State.LOADING, NEW, trial=trial))
+    found = of(replace(NOTHING, wanted=wanted(NEW), views=views))
+    assert found.headline == "m is being rolled out: generation 2 is tried beside generation 1"
+    assert found.because == (trial, "it was asked 3 requests, of which 1 failed")
+    assert (
+        found.waits_for == "its steps, each of which takes for_s and min_requests answered requests"
+    )
+    assert found.would_help == (
+        "`promote m` lets it take over at once",
+        "`abort m` takes it back",
+    )
 
 
 def test_a_rollout_whose_old_version_finds_no_room_says_so_and_what_would_help() -> None:
