@@ -13,9 +13,10 @@ class Lease:
     Attributes:
         ok: whether the request was answered.
         counts: False if the instance was asked nothing in the end: then it is no request of its.
+        plain: False for what a version that is tried is never asked: training, and requests with a cache.
     """
 
-    __slots__ = ("_closed", "_give_back", "counts", "instance", "ok", "started_s")
+    __slots__ = ("_closed", "_give_back", "counts", "instance", "ok", "plain", "started_s")
 
     def __init__(
         self, instance: ManagedModel, started_s: float, give_back: Callable[[Lease], None]
@@ -26,6 +27,7 @@ class Lease:
         self.started_s = started_s
         self.ok = True
         self.counts = True
+        self.plain = True
 
     def __enter__(self) -> Lease:
         return self

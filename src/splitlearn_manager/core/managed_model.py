@@ -66,6 +66,7 @@ class ManagedModel:
         self.requests = 0
         self.errors = 0
         self.busy_s = 0.0
+        self._apart = Traffic()
         self.queue: object = None
         self.held = False
         self._leases = 0
@@ -102,8 +103,9 @@ class ManagedModel:
 
     @property
     def traffic(self) -> Traffic:
-        """The requests that have ended so far."""
-        return Traffic(self.requests, self.errors, self.busy_s)
+        """The plain forwards that have ended so far, by which two versions are compared: others go to the
+        one that serves alone, and take another time."""
+        return Traffic(self.requests, self.errors, self.busy_s).since(self._apart)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -181,11 +183,14 @@ class ManagedModel:
             self.last_used_s = now
             return True
 
-    def release(self, now: float, *, duration_s: float, ok: bool, counts: bool = True) -> bool:
+    def release(
+        self, now: float, *, duration_s: float, ok: bool, counts: bool = True, plain: bool = True
+    ) -> bool:
         """Gives a lease back; True if it was the last one of an instance that drains.
 
         Args:
             counts: whether it is counted as a request.
+            plain: whether it is one of `traffic`.
         """
         with self._lease_lock:
             self._leases -= 1
@@ -194,6 +199,11 @@ class ManagedModel:
                 self.requests += 1
                 self.busy_s += duration_s
                 self.errors += not ok
+            if counts and not plain:
+                before = self._apart
+                self._apart = Traffic(
+                    before.requests + 1, before.errors + (not ok), before.busy_s + duration_s
+                )
             return self._leases == 0 and not self._granting
 
     def stop_leases(self) -> bool:

@@ -302,8 +302,14 @@ class ModelManager:
     def _release(self, lease: Lease) -> None:
         now = self._clock.now()
         instance = lease.instance
-        duration_s = now - lease.started_s
-        if instance.release(now, duration_s=duration_s, ok=lease.ok, counts=lease.counts):
+        drained = instance.release(
+            now,
+            duration_s=now - lease.started_s,
+            ok=lease.ok,
+            counts=lease.counts,
+            plain=lease.plain,
+        )
+        if drained:
             self._work.close_if_drained(instance)
         if self.tells_idle and instance.idle:
             self._notify()

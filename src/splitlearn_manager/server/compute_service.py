@@ -165,6 +165,7 @@ class ManagedBackend:
             lease = self._lease(model_id, remaining_s)
         except SplitlearnError as error:
             raise refusal_of(error) from None
+        lease.plain = False
         with lease:
             running = lease.instance.running
             if running is None:

@@ -35,6 +35,7 @@ def record_golden(
         raise CannotRecord(f"{target}: its name should end in {' or '.join(GOLDEN_SUFFIXES)}")
     inputs = None if inputs_from is None else read_inputs(inputs_from)
     with manager.lease(model_id) as lease:
+        lease.plain = False
         instance = lease.instance
         running = instance.running
         if running is None:

@@ -112,3 +112,18 @@ def test_from_a_shadow_to_a_canary_and_back_the_first_step_begins_anew() -> None
     trial.adopt(shadow, 2000.0, more)
     assert (trial.shadow, trial.step, trial.percent) == (True, 0, 100.0)
     assert trial.step_ends_s(shadow) == 5600.0
+
+
+def test_what_only_the_old_version_is_asked_is_not_compared() -> None:
+    """Seen to fail, with an old version that short requests with a cache make look fast, when all counts."""
+    instance = ManagedModel(
+        "m#1", ModelSpec.of(config()), owner=Owner.DIRECTORY, device="cpu", loading_since_s=0
+    )
+    instance.open_for_leases()
+    for plain, ok in [(True, True), (False, True), (False, False)]:
+        assert instance.acquire(0.0)
+        instance.release(0.0, duration_s=1.0 if plain else 0.01, ok=ok, plain=plain)
+    assert (instance.requests, instance.errors) == (3, 1)
+    traffic = instance.traffic
+    assert (traffic.requests, traffic.errors) == (1, 0)
+    assert traffic.mean_s == pytest.approx(1.0)

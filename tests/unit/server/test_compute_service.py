@@ -131,6 +131,22 @@ def test_a_lease_is_held_for_as_long_as_the_model_is_open(server: Server) -> Non
     assert not server.bench.runtime.open_models
 
 
+def test_what_a_version_that_is_tried_is_never_asked_is_no_traffic_to_compare(
+    server: Server,
+) -> None:
+    """Seen to fail when training, and requests with a cache, count as plain forwards do."""
+    server.load("m")
+    with server.backend.open("m"):
+        pass
+    one = Asked(torch.ones(1, 4))
+    assert server.backend.enter("m", one)
+    one.result()
+    served = server.manager.get_model("m")
+    assert served is not None
+    eventually(lambda: served.idle, "both have ended")
+    assert (served.requests, served.traffic.requests) == (2, 1)
+
+
 def test_the_lease_is_given_back_when_the_request_fails(server: Server) -> None:
     server.load("m")
     with pytest.raises(ArithmeticError), server.backend.open("m"):
