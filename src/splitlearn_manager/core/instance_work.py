@@ -218,6 +218,7 @@ class InstanceWork:
         trial, now = instance.trial, self._clock.now()
         if trial is None:
             return 0.0
+        step = trial.step
         old = self._instances.serving(instance.model_id)
         verdict, why = trial.judged(
             instance.config,
@@ -230,8 +231,8 @@ class InstanceWork:
             kind = RolloutFailed if trial.ordered is None else RolloutAborted
             self.take_back(instance, kind(f"model {instance.model_id!r}: {about}"))
         elif verdict is Verdict.NEXT_STEP:
-            self._instances.next_step(instance)
-            self._tell_trial(instance, about)
+            if self._instances.next_step(instance, after=step):
+                self._tell_trial(instance, about)
         elif verdict is Verdict.TAKE_OVER:
             self._tell_trial(instance, about)
             self._end_trial(instance)
@@ -271,7 +272,8 @@ class InstanceWork:
         """What serves has ended by itself: it is given up, and loaded again as after any failure."""
         if instance.trial is not None:
             self.take_back(instance, error)
-        elif self._instances.died(instance, error):
+        # Not else: it may be taking over at this very moment.
+        if self._instances.died(instance, error):
             self.report(EventKind.DIED, instance, error.reason, error.message)
             self._instances.abandon(instance)
             self.close_if_drained(instance)

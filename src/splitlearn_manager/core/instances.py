@@ -199,14 +199,15 @@ class Instances:
         with self._lock:
             return self._current.get(model_id)
 
-    def next_step(self, instance: ManagedModel) -> None:
-        """The next step of a trial begins."""
+    def next_step(self, instance: ManagedModel, *, after: int) -> bool:
+        """The step of a trial begins that comes `after` that one; False if it is in another one by now."""
         with self._lock:
-            if instance.trial is None:
-                return
+            if instance.trial is None or instance.trial.step != after:
+                return False
             instance.trial.next_step(instance.config, self._clock.now(), instance.traffic)
             self._publish()
         self._on_change()
+        return True
 
     def pause_trials(self, model_ids: Collection[str]) -> bool:
         """Has the trials of these models go no further, those that begin later too, and all others go on.
