@@ -149,7 +149,8 @@ class ModelConfig(BaseModel):
     load_timeout_s: Seconds = 600.0
     """Seconds that a load may take."""
     drain_timeout_s: Seconds = 30.0
-    """Seconds that requests in flight may take to finish; then the model is unloaded regardless."""
+    """Seconds of draining after which requests that still wait are answered UNAVAILABLE, and those that
+    still run are reported. The model is unloaded when the last of these ends, never under it."""
     config: LoaderOptions = LoaderOptions()
     """Options of the loader and of warm-up."""
 
