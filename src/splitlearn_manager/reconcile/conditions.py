@@ -151,7 +151,8 @@ def what_comes_next(facts: Facts, moment: Moment) -> str:
         return "it is loaded as soon as its files are there and can be read"
     if facts.hung is not None:
         return "it is not tried again before that loader returns or the node is started anew"
-    if waiting is not None and waiting.failed:
+    attempt = facts.failed_attempt
+    if (waiting is not None and waiting.failed) or (attempt and attempt.retry_at_s is None):
         return _AWAITS_CHANGE
     return "it is tried again when its turn comes"
 

@@ -24,6 +24,7 @@ from support.status_lab import (
     RETRY,
     SERVES,
     SITUATIONS,
+    TERMINAL,
     view,
 )
 
@@ -332,3 +333,18 @@ def test_a_wait_that_has_nothing_to_add_is_told_as_it_is() -> None:
     assert situation(facts, NOON) == "of which nobody knows"
     assert situation(NOTHING, NOON) == ""
     assert situation(replace(NOTHING, waiting=NO_ROOM), NOON).startswith(NO_ROOM.message)
+
+
+def test_what_is_not_tried_again_is_not_said_to_wait_for_its_turn_while_it_drains() -> None:
+    """Seen to fail, for as long as a request hangs in a version that was taken back, when it is."""
+    draining = view(State.UNLOADING, leases=1)
+    facts = replace(
+        NOTHING,
+        views=(view(State.READY, OLD), draining),
+        attempt=TERMINAL,
+        waiting=Waiting("m", "Unloading", "an operation on it is under way"),
+    )
+    assert situation(facts, NOON) == (
+        "m.pt would run code; generation 1 goes on serving; it is not tried again before its file or its "
+        "weights change"
+    )
