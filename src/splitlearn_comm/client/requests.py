@@ -37,6 +37,16 @@ class Asked(Future[tuple[compute_pb2.ComputeResponse, Bytes]]):
         self.frame = frame
         self.number = number
         self.call = call
+        self._turn = threading.Lock()
+
+    def take(self) -> bool:
+        """Whether the calling thread, of all that may end it, is the one that does; never once withdrawn."""
+        return self._turn.acquire(blocking=False) and self.set_running_or_notify_cancel()
+
+    def fail(self, failure: RemoteComputeError) -> None:
+        """There is no answer, unless another thread has one already."""
+        if self.take():
+            self.set_exception(failure)
 
 
 class RequestStream:
@@ -49,6 +59,7 @@ class RequestStream:
         self._open: _Open | None = None
         self._has_streams = True
         self._threads: ThreadPoolExecutor | None = None
+        self._waiting: dict[int, Asked] = {}
 
     def ask(self, request: tuple[Bytes, ...], timeout_s: float, call: Callable[[], bytes]) -> Asked:
         """Send a request.
@@ -63,26 +74,37 @@ class RequestStream:
             number = self._numbers
         rest = compute_pb2.StreamedRequest(id=number, timeout_s=timeout_s).SerializeToString()
         asked = Asked(b"".join(frames.enclosed(request, rest)), number, call)
-        with self._lock:
-            if not self._has_streams:
-                self._alone(asked)
-                return asked
-            opened = self._open
-            if opened is None or opened.send(asked) is not None:
-                opened = self._open = _Open(self._channel, self._broke)
-                failure = opened.send(asked)
-            else:
-                failure = None
-        if failure is not None:
+        self._waiting[number] = asked
+        asked.add_done_callback(self._ended)
+        try:
+            opened, failure = self._begin(asked)
+        except BaseException:
+            asked.cancel()
+            raise
+        if opened is not None and failure is not None:
             # It has ended already, and nobody else will tell of this request.
             self._broke(opened, [asked], failure)
         return asked
 
+    def _begin(self, asked: Asked) -> tuple[_Open | None, RemoteComputeError | None]:
+        """Send it; by which stream, and why that has ended if it has."""
+        with self._lock:
+            if not self._has_streams:
+                self._alone(asked)
+                return None, None
+            opened = self._open
+            if opened is None or opened.send(asked) is not None:
+                opened = self._open = _Open(self._channel, self._broke)
+                return opened, opened.send(asked)
+            return opened, None
+
     def withdraw(self, asked: Asked) -> None:
         """Nobody waits for it any more."""
+        asked.cancel()
         with self._lock:
-            if self._open is not None:
-                self._open.withdraw(asked)
+            opened = self._open
+        if opened is not None:
+            opened.withdraw(asked)
 
     def close(self) -> None:
         """End the stream; what has no answer fails."""
@@ -93,6 +115,9 @@ class RequestStream:
             opened.close()
         if threads is not None:
             threads.shutdown(wait=False, cancel_futures=True)
+        # Nobody else tells of those that no thread has begun with.
+        for asked in list(self._waiting.values()):
+            asked.fail(RemoteComputeError(_RPC, grpc.StatusCode.CANCELLED, "the client was closed"))
 
     def _broke(self, opened: _Open, left: list[Asked], failure: RemoteComputeError) -> None:
         """The stream has ended, and these have no answer."""
@@ -106,8 +131,11 @@ class RequestStream:
                     self._alone(asked)
                 return
         for asked in left:
-            if asked.set_running_or_notify_cancel():
-                asked.set_exception(failure)
+            asked.fail(failure)
+
+    def _ended(self, asked: Future[tuple[compute_pb2.ComputeResponse, Bytes]]) -> None:
+        assert isinstance(asked, Asked)
+        self._waiting.pop(asked.number, None)
 
     def _alone(self, asked: Asked) -> None:
         if self._threads is None:
@@ -116,7 +144,7 @@ class RequestStream:
 
 
 def _call(asked: Asked) -> None:
-    if not asked.set_running_or_notify_cancel():
+    if not asked.take():
         return
     try:
         asked.set_result(frames.read(compute_pb2.ComputeResponse(), asked.call()))
@@ -183,7 +211,7 @@ class _Open:
         answer, response, data = _read(frame)
         with self._lock:
             asked = self._unanswered.pop(answer.id, None)
-        if asked is None or not asked.set_running_or_notify_cancel():
+        if asked is None or not asked.take():
             return
         if answer.HasField("refusal"):
             status = _STATUSES.get(answer.refusal.code, grpc.StatusCode.UNKNOWN)

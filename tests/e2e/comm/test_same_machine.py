@@ -26,7 +26,7 @@ from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server
 from splitlearn_comm.server.backend import ServiceInfo
 from support.comm_backend import FakeNode
-from support.comm_models import Doubler, Raising
+from support.comm_models import Doubler, Gate, Raising
 from support.interceptors import interceptors
 
 
@@ -175,6 +175,22 @@ def test_shared_memory_is_refused_over_a_port_and_where_it_makes_no_sense(
     finally:
         link.unlink()
         file.close()
+
+
+def test_a_cancelled_future_leaves_no_file_behind(tmp_path: Path) -> None:
+    before = files()
+    place = Place(tmp_path / "node.sock")
+    gate = Gate()
+    place.node.functions["m"] = gate
+    with GRPCComputeClient(place.at_socket, shared_memory=True) as client:
+        futures = [client.compute_async(torch.ones(300, 300), "m") for _ in range(3)]
+        made, cancelled = files() - before, [future.cancel() for future in futures]
+        left = files() - before
+        gate.open.set()
+    assert len(made) == 3
+    assert all(cancelled)
+    assert not left
+    place.server.stop(1.0)
 
 
 def test_a_server_that_does_not_know_what_is_announced_is_sent_nothing(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from queue import SimpleQueue
 
 import grpc
@@ -227,32 +227,64 @@ class OneByOne(compute_pb2_grpc.ComputeServiceServicer):
     """A server without streams, as version 1.0 is."""
 
     def __init__(self) -> None:
+        self.address = ""
         self.calls = 0
+        self.gate = threading.Event()
+        self._lock = threading.Lock()
 
     def Compute(
         self, request: compute_pb2.ComputeRequest, context: grpc.ServicerContext
     ) -> compute_pb2.ComputeResponse:
-        self.calls += 1
+        with self._lock:
+            self.calls += 1
+        assert self.gate.wait(PATIENCE_S)
         tensor = TensorCodec().decode(request.data, request.shape) * 2
         data, shape = TensorCodec().encode(tensor)
         return compute_pb2.ComputeResponse(data=data, shape=shape, compute_time_ms=1.0)
 
 
-def test_a_server_without_streams_is_asked_one_by_one_and_each_once() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    server = grpc.server(ThreadPoolExecutor(4))
+@pytest.fixture
+def one_by_one() -> Iterator[OneByOne]:
+    server = grpc.server(ThreadPoolExecutor(16))
     servicer = OneByOne()
     compute_pb2_grpc.add_ComputeServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    with GRPCComputeClient(f"127.0.0.1:{port}", PATIENCE_S) as client:
+    yield servicer
+    servicer.gate.set()
+    server.stop(None)
+
+
+def test_a_server_without_streams_is_asked_one_by_one_and_each_once(one_by_one: OneByOne) -> None:
+    one_by_one.gate.set()
+    with GRPCComputeClient(one_by_one.address, PATIENCE_S) as client:
         futures = [client.compute_async(torch.full((1,), float(n))) for n in range(20)]
         assert [f.result(PATIENCE_S).item() for f in futures] == [2.0 * n for n in range(20)]
-        assert servicer.calls == 20
+        assert one_by_one.calls == 20
         more = client.compute_many(torch.full((1,), float(n)) for n in range(20))
         assert [answer.item() for answer in more] == [2.0 * n for n in range(20)]
-    server.stop(None)
+
+
+def test_closing_the_client_fails_what_waits_for_its_turn_without_streams(
+    one_by_one: OneByOne,
+) -> None:
+    client = GRPCComputeClient(one_by_one.address, PATIENCE_S)
+    futures = [client.compute_async(torch.ones(1)) for _ in range(20)]
+    eventually(lambda: one_by_one.calls == 8, "as many are asked as there are threads")
+    client.close()
+    for future in futures:
+        assert isinstance(future.exception(PATIENCE_S), RemoteComputeError)
+
+
+def test_a_cancelled_future_is_not_asked_without_streams(one_by_one: OneByOne) -> None:
+    with GRPCComputeClient(one_by_one.address, PATIENCE_S) as client:
+        futures = [client.compute_async(torch.ones(1)) for _ in range(20)]
+        eventually(lambda: one_by_one.calls == 8, "as many are asked as there are threads")
+        assert all(future.cancel() for future in futures[8:])
+        one_by_one.gate.set()
+        for future in (*futures[:8], client.compute_async(torch.ones(1))):
+            assert future.result(PATIENCE_S).item() == 2.0
+        assert one_by_one.calls == 9
 
 
 class Raw:
