@@ -3,6 +3,7 @@
 grpc_client   GRPCComputeClient: tensors in, tensors out
 async_client  AsyncGRPCComputeClient: the same for asyncio
 requests      many requests over one stream
+time_limits   those of them whose time is over
 channel       calls: time limit, retries, errors
 retry         when to try again
 statistics    where the time went

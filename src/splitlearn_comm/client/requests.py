@@ -2,13 +2,15 @@
 
 The stream is opened by the first request, and again by the next one after it broke. What a server of version
 1.0 answers to it (UNIMPLEMENTED) is remembered: from then on requests are made one by one, on a few threads.
-Nothing is sent twice: a request whose stream broke fails, and whoever made it decides.
+Nothing is sent twice: a request whose stream broke fails, and whoever made it decides. One whose time is over
+fails, whether the server says so or nothing at all.
 """
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -16,6 +18,7 @@ import grpc
 
 from splitlearn_comm.client.channel import ComputeChannel
 from splitlearn_comm.client.errors import RemoteComputeError
+from splitlearn_comm.client.time_limits import TimeLimits
 from splitlearn_comm.core import frames
 from splitlearn_comm.core.frames import Bytes
 from splitlearn_comm.protocol import compute_pb2
@@ -30,12 +33,16 @@ class Asked(Future[tuple[compute_pb2.ComputeResponse, Bytes]]):
 
     Attributes:
         call: makes the request by itself, where the server has no streams.
+        until_s: when its time is over, on `time.monotonic`.
     """
 
-    def __init__(self, frame: bytes, number: int, call: Callable[[], bytes]) -> None:
+    def __init__(
+        self, frame: bytes, number: int, until_s: float, call: Callable[[], bytes]
+    ) -> None:
         super().__init__()
         self.frame = frame
         self.number = number
+        self.until_s = until_s
         self.call = call
         self._turn = threading.Lock()
 
@@ -60,20 +67,22 @@ class RequestStream:
         self._has_streams = True
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: dict[int, Asked] = {}
+        self._limits = TimeLimits(lambda: list(self._waiting.values()), self._late)
 
     def ask(self, request: tuple[Bytes, ...], timeout_s: float, call: Callable[[], bytes]) -> Asked:
         """Send a request.
 
         Args:
             request: an encoded ComputeRequest, in parts.
-            timeout_s: how long the server may take to answer.
+            timeout_s: how long the answer may take.
             call: as for `Asked`; gives an encoded ComputeResponse.
         """
+        until_s = time.monotonic() + timeout_s
         with self._lock:
             self._numbers += 1
             number = self._numbers
         rest = compute_pb2.StreamedRequest(id=number, timeout_s=timeout_s).SerializeToString()
-        asked = Asked(b"".join(frames.enclosed(request, rest)), number, call)
+        asked = Asked(b"".join(frames.enclosed(request, rest)), number, until_s, call)
         self._waiting[number] = asked
         asked.add_done_callback(self._ended)
         try:
@@ -84,6 +93,7 @@ class RequestStream:
         if opened is not None and failure is not None:
             # It has ended already, and nobody else will tell of this request.
             self._broke(opened, [asked], failure)
+        self._limits.watch(until_s)
         return asked
 
     def _begin(self, asked: Asked) -> tuple[_Open | None, RemoteComputeError | None]:
@@ -101,10 +111,7 @@ class RequestStream:
     def withdraw(self, asked: Asked) -> None:
         """Nobody waits for it any more."""
         asked.cancel()
-        with self._lock:
-            opened = self._open
-        if opened is not None:
-            opened.withdraw(asked)
+        self._forget(asked)
 
     def close(self) -> None:
         """End the stream; what has no answer fails."""
@@ -118,6 +125,7 @@ class RequestStream:
         # Nobody else tells of those that no thread has begun with.
         for asked in list(self._waiting.values()):
             asked.fail(RemoteComputeError(_RPC, grpc.StatusCode.CANCELLED, "the client was closed"))
+        self._limits.look()
 
     def _broke(self, opened: _Open, left: list[Asked], failure: RemoteComputeError) -> None:
         """The stream has ended, and these have no answer."""
@@ -132,6 +140,20 @@ class RequestStream:
                 return
         for asked in left:
             asked.fail(failure)
+
+    def _late(self, asked: Asked) -> None:
+        # One that is asked by itself, and has begun, has its own time limit.
+        self._waiting.pop(asked.number, None)
+        self._forget(asked)
+        text = "the time limit has passed without an answer"
+        asked.fail(RemoteComputeError("Compute", grpc.StatusCode.DEADLINE_EXCEEDED, text))
+
+    def _forget(self, asked: Asked) -> None:
+        """The server need not answer it."""
+        with self._lock:
+            opened = self._open
+        if opened is not None:
+            opened.withdraw(asked)
 
     def _ended(self, asked: Future[tuple[compute_pb2.ComputeResponse, Bytes]]) -> None:
         assert isinstance(asked, Asked)

@@ -122,3 +122,17 @@ def test_a_cancelled_task_withdraws_its_request(
             assert function.calls == 5
 
     asyncio.run(run())
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(
+    server: GRPCComputeServer, function: Sometimes
+) -> None:
+    async def run() -> None:
+        function.gate = threading.Event()
+        hasty = AsyncGRPCComputeClient(f"127.0.0.1:{server.port}", timeout=0.2)
+        with pytest.raises(RemoteComputeError, match="DEADLINE_EXCEEDED"):
+            await asyncio.wait_for(hasty.compute(torch.ones(1)), PATIENCE_S / 2)
+        function.gate.set()
+        await hasty.close()
+
+    asyncio.run(run())
