@@ -97,9 +97,18 @@ class ComputeChannel:
             attempt += 1
 
     def stream(
-        self, rpc: str, request: Message, response_type: type[MessageT]
+        self,
+        rpc: str,
+        request: Message,
+        response_type: type[MessageT],
+        *,
+        timeout_s: float | None = None,
     ) -> Iterator[MessageT]:
         """Make a call with many answers; closing the iterator ends the call.
+
+        Args:
+            rpc, request, response_type: as for `call`.
+            timeout_s: for all answers together; None for no limit.
 
         Raises:
             RemoteComputeError: if the call ends with a status other than OK.
@@ -108,7 +117,7 @@ class ComputeChannel:
         method = self._connection().unary_stream(
             f"/{_SERVICE}/{rpc}", _serialized, response_type.FromString
         )
-        answers = method(request, metadata=self._metadata)
+        answers = method(request, timeout=timeout_s, metadata=self._metadata)
         end_call: Callable[[], object] = answers.cancel
         try:
             yield from answers

@@ -420,7 +420,7 @@ class GRPCComputeClient:
         if self._last_load is not None:
             return monitoring_data(self._last_load)
         try:
-            return next(self.stream_monitoring(), None)
+            return next(self._loads(timeout_s=self.timeout), None)
         except RemoteComputeError as error:
             _log.warning("server=%s rpc=StreamMonitoring %s", self.server_address, error)
             return None
@@ -434,10 +434,16 @@ class GRPCComputeClient:
         Raises:
             RemoteComputeError: when the stream breaks.
         """
+        return self._loads(sampling_interval)
+
+    def _loads(
+        self, sampling_interval: float = 1.0, timeout_s: float | None = None
+    ) -> Iterator[MonitoringData]:
         answers = self._channel.stream(
             "StreamMonitoring",
             compute_pb2.MonitoringStreamRequest(sampling_interval=sampling_interval),
             compute_pb2.MonitoringSnapshotResponse,
+            timeout_s=timeout_s,
         )
         for answer in answers:
             self._last_load = answer.snapshot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from splitlearn_comm import (
     RemoteComputeError,
     SplitlearnCommError,
 )
+from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from support.comm_models import Doubler, Gate
 from support.comm_v1 import V1Server
 from support.comm_waiting import DEADLINE_S
@@ -258,6 +260,30 @@ class TestMonitoringData:
         with GRPCComputeClient(address) as client:
             assert client.get_server_monitoring_data() is not None
             assert client.get_statistics()["total_requests"] == 0
+
+    def test_server_that_sends_no_load_is_waited_for_until_the_time_limit(self) -> None:
+        class Silent(compute_pb2_grpc.ComputeServiceServicer):
+            over = threading.Event()
+
+            def StreamMonitoring(
+                self, request: compute_pb2.MonitoringStreamRequest, context: grpc.ServicerContext
+            ) -> Iterator[compute_pb2.MonitoringSnapshotResponse]:
+                self.over.wait(DEADLINE_S)
+                yield from ()
+
+        silent = grpc.server(ThreadPoolExecutor(2))
+        compute_pb2_grpc.add_ComputeServiceServicer_to_server(Silent(), silent)
+        port = silent.add_insecure_port("127.0.0.1:0")
+        silent.start()
+        client = GRPCComputeClient(f"127.0.0.1:{port}", timeout=0.2)
+        with ThreadPoolExecutor(1) as callers:
+            asked = callers.submit(client.get_server_monitoring_data)
+            try:
+                assert asked.result(DEADLINE_S / 6) is None
+            finally:
+                Silent.over.set()
+        client.close()
+        silent.stop(None)
 
 
 class TestTraining:
