@@ -51,17 +51,16 @@ class Load:
         self._file = file
 
     def unload(self, response: compute_pb2.ComputeResponse, data: Bytes) -> torch.Tensor:
-        """The answer, a CPU tensor in the codec's dtype; to be asked for once.
+        """The answer, a CPU tensor in the codec's dtype; to be asked for once, and given up if this raises.
 
         Args:
             response: all but the tensor's bytes are taken from it.
             data: these bytes, as the message has them.
         """
-        file, self._file = self._file, None
-        if file is not None and response.HasField("shared_bytes"):
-            data = file.take(response.shared_bytes)
-            self._carriage.keep(file)
-        elif file is not None:
+        if self._file is not None:
+            if response.HasField("shared_bytes"):
+                data = self._file.take(response.shared_bytes)
+            file, self._file = self._file, None
             self._carriage.keep(file)
         return self._carriage.codec.decode(data, response.shape)
 

@@ -213,7 +213,13 @@ class GRPCComputeClient:
 
         answer: Future[torch.Tensor] = Future()
         stream = self._requests()
-        asked = stream.ask(frames.parts(load.data, request.SerializeToString()), timeout_s, call)
+        try:
+            asked = stream.ask(
+                frames.parts(load.data, request.SerializeToString()), timeout_s, call
+            )
+        except BaseException:
+            load.give_up()
+            raise
 
         def answered(asked: Future[tuple[compute_pb2.ComputeResponse, frames.Bytes]]) -> None:
             if asked.cancelled() or not answer.set_running_or_notify_cancel():
@@ -317,21 +323,22 @@ class GRPCComputeClient:
         """
         started_s = self._clock()
         self._carriage.check_server()
+        past = encode_cache(past_key_values or (), self._codec)
         load = self._carriage.load(tensor)
-        request = compute_pb2.ComputeRequest(
-            data=bytes(load.data),
-            shape=load.shape,
-            model_id=model_id or "",
-            metadata=load.metadata,
-        )
-        if training_mode:
-            request.training_mode = True
-        if forward_id is not None:
-            request.forward_id = forward_id
-        if use_cache:
-            request.use_cache = True
-        request.past_key_values.extend(encode_cache(past_key_values or (), self._codec))
         try:
+            request = compute_pb2.ComputeRequest(
+                data=bytes(load.data),
+                shape=load.shape,
+                model_id=model_id or "",
+                metadata=load.metadata,
+                past_key_values=past,
+            )
+            if training_mode:
+                request.training_mode = True
+            if forward_id is not None:
+                request.forward_id = forward_id
+            if use_cache:
+                request.use_cache = True
             response = self._channel.call(
                 "Compute",
                 request,

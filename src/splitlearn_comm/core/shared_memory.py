@@ -85,6 +85,10 @@ class SharedFile:
 
     def take(self, size: int) -> memoryview:
         """The answer. Raises OSError if it is not there."""
+        found = os.fstat(self._file).st_size - self._size
+        if not 0 <= size <= found:
+            # Checked first, for room is made for what the server says.
+            raise OSError(f"{self.name}: {found} bytes are there, not {size}")
         return _all_of(self._file, self._size, size)
 
     def close(self) -> None:

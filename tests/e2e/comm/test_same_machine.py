@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from splitlearn_comm import (
+    ClientClosed,
     GRPCComputeClient,
     Int8Codec,
     RemoteComputeError,
@@ -21,6 +22,7 @@ from splitlearn_comm import (
     UnsupportedByServer,
     Zstd,
 )
+from splitlearn_comm.client.carriage import Carriage
 from splitlearn_comm.core import shared_memory
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server
@@ -191,6 +193,27 @@ def test_a_cancelled_future_leaves_no_file_behind(tmp_path: Path) -> None:
     assert all(cancelled)
     assert not left
     place.server.stop(1.0)
+
+
+def test_what_is_never_asked_or_answered_as_said_leaves_no_file_behind(tmp_path: Path) -> None:
+    before = files()
+    place = Place(tmp_path / "node.sock")
+    tensor, complex_ones = torch.ones(300, 300), torch.ones(1, dtype=torch.complex64)
+    client = GRPCComputeClient(place.at_socket, shared_memory=True)
+    with pytest.raises(TypeError):
+        client.compute_with_cache(tensor, [(complex_ones, complex_ones)], model_id="m")
+    client.compute(tensor, "m")
+    client.close()
+    with pytest.raises(ClientClosed):
+        client.compute_async(tensor, "m")
+    carriage = Carriage(TensorCodec(), announces=False, shared=True, known=dict)
+    for size in (-1, 1 << 62):
+        load = carriage.load(tensor)
+        with pytest.raises(OSError, match=f"0 bytes are there, not {size}"):
+            load.unload(compute_pb2.ComputeResponse(shape=[300, 300], shared_bytes=size), b"")
+        load.give_up()
+    assert files() == before
+    place.server.stop(0.1)
 
 
 def test_a_server_that_does_not_know_what_is_announced_is_sent_nothing(
