@@ -99,6 +99,7 @@ class Carriage:
         self._asked = not self._needs
         self._lock = threading.Lock()
         self._files: list[shared_memory.SharedFile] = []
+        self._looked = False
 
     @property
     def announced(self) -> dict[str, str]:
@@ -137,15 +138,26 @@ class Carriage:
         view, shape = encode_exactly(tensor, self.codec, copies=False)
         if len(view) < SMALLEST_SHARED_BYTES:
             return Load(self, bytes(view), shape, self._announced, None)
-        with self._lock:
-            file = self._files.pop() if self._files else None
-        file = file or shared_memory.SharedFile()
+        file = self._file()
         try:
             said = file.put(view)
         except BaseException:
             file.close()
             raise
         return Load(self, b"", shape, {**self._announced, shared_memory.KEY: said}, file)
+
+    def _file(self) -> shared_memory.SharedFile:
+        while True:
+            with self._lock:
+                file = self._files.pop() if self._files else None
+                looked, self._looked = self._looked, True
+            if not looked:
+                shared_memory.remove_left()
+            if file is None:
+                return shared_memory.SharedFile()
+            if file.own:
+                return file
+            file.close()
 
     def keep(self, file: shared_memory.SharedFile) -> None:
         """It can be used again."""

@@ -4,7 +4,8 @@
     client: reads the answer  ◄─ response with a size ◄─ server: writes the answer behind it
 
 The file belongs to the client, which makes it in `/dev/shm`, uses it for one request at a time, and removes
-it. The request stays in it until it is answered, so that it can be made again.
+it. The request stays in it until it is answered, so that it can be made again. A client that was killed
+removes nothing: each holds a lock on its files, and what nobody holds is removed by the next client.
 The server copies from it and to it and maps nothing: a mapped file that its owner makes shorter kills whoever
 reads it. Only files of the server's own user, with a name of this form, are touched, and only for calls that
 came by a Unix socket.
@@ -13,6 +14,7 @@ came by a Unix socket.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import secrets
@@ -26,6 +28,7 @@ KEY = "shared_memory"
 """In a request's metadata: `NAME:BYTES`."""
 DIRECTORY = Path("/dev/shm")
 _VALUE = re.compile(r"(splitlearn-[0-9a-f]{32}):([0-9]{1,15})")
+_NAMES = f"splitlearn-{'[0-9a-f]' * 32}"
 
 
 def available() -> bool:
@@ -68,14 +71,37 @@ def write(value: str, data: bytes | memoryview) -> int:
     return len(data)
 
 
+def remove_left() -> None:
+    """Remove the files of this user's clients that are no more."""
+    for path in DIRECTORY.glob(_NAMES):
+        with contextlib.suppress(OSError, InvalidRequest), _opened(path.name) as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
 class SharedFile:
-    """A file of the client's own. Raises OSError where it cannot be made."""
+    """A file of the client's own. Raises OSError where it cannot be made.
+
+    In a process that was forked it is its parent's, and stays when it is closed.
+    """
 
     def __init__(self) -> None:
-        self.name = f"splitlearn-{secrets.token_hex(16)}"
-        flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
-        self._file = os.open(DIRECTORY / self.name, flags, 0o600)
+        self._owner = os.getpid()
         self._size = 0
+        self._file = -1
+        while self._file < 0 or not os.fstat(self._file).st_nlink:
+            # Until it is locked another client may take it for one that was left, and remove it.
+            if self._file >= 0:
+                os.close(self._file)
+            self.name = f"splitlearn-{secrets.token_hex(16)}"
+            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC
+            self._file = os.open(DIRECTORY / self.name, flags, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    @property
+    def own(self) -> bool:
+        """Whether this process has made it."""
+        return self._owner == os.getpid()
 
     def put(self, data: bytes | memoryview) -> str:
         """Write a request's tensor; what its metadata says of that."""
@@ -94,8 +120,9 @@ class SharedFile:
     def close(self) -> None:
         """Remove it. A second call does nothing."""
         if self._file >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(DIRECTORY / self.name)
+            if self.own:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(DIRECTORY / self.name)
             os.close(self._file)
             self._file = -1
 
