@@ -2,6 +2,7 @@
 
 grpc_client   GRPCComputeClient: tensors in, tensors out
 async_client  AsyncGRPCComputeClient: the same for asyncio
+prepared      one request, from the tensor to its answer
 requests      many requests over one stream
 time_limits   those of them whose time is over
 channel       calls: time limit, retries, errors

@@ -18,6 +18,7 @@ import torch
 from splitlearn_comm.client.errors import RemoteComputeError
 from splitlearn_comm.client.grpc_client import GRPCComputeClient
 from splitlearn_comm.client.messages import ServiceDescription
+from splitlearn_comm.client.prepared import Prepared
 from splitlearn_comm.client.retry import ExponentialBackoff, RetryStrategy
 from splitlearn_comm.client.statistics import Statistics
 
@@ -77,19 +78,31 @@ class AsyncGRPCComputeClient:
             RemoteComputeError: with the gRPC status, after the retries.
             ValueError: if integers in `tensor` cannot be sent exactly in the codec's dtype.
         """
-        until_s = time.monotonic() + self.timeout
+        prepared = self._client._prepared(tensor, model_id)
+        try:
+            return await self._answer(prepared)
+        finally:
+            prepared.give_up()
+
+    def _begun(self, tensor: torch.Tensor, model_id: str | None) -> asyncio.Task[torch.Tensor]:
+        # The tensor is encoded here and now, and not when the task has its turn.
+        prepared = self._client._prepared(tensor, model_id)
+        task = asyncio.create_task(self._answer(prepared))
+        task.add_done_callback(lambda _: prepared.give_up())
+        return task
+
+    async def _answer(self, prepared: Prepared) -> torch.Tensor:
         attempt = 1
         while True:
-            left_s = until_s - time.monotonic()
             try:
-                future = self._client.compute_async(tensor, model_id, timeout=left_s)
-                return await asyncio.wrap_future(future)
+                return await asyncio.wrap_future(self._client._ask(prepared))
             except RemoteComputeError as error:
                 delay_s = self._retries.delay_s(attempt)
-                too_late = time.monotonic() + delay_s >= until_s
+                too_late = time.monotonic() + delay_s >= prepared.until_s
                 if too_late or not self._retries.should_retry(attempt, error.code()):
                     raise
             await asyncio.sleep(delay_s)
+            prepared.renew()
             attempt += 1
 
     async def compute_many(
@@ -101,7 +114,7 @@ class AsyncGRPCComputeClient:
         """Run a model on many tensors, so many at a time, and give the answers in the tensors' order.
 
         Args:
-            tensors: taken from as answers are taken.
+            tensors: taken from as answers are taken; one may be written to again once the next is asked for.
             model_id: None lets the server choose.
             in_flight: requests that are under way at most.
 
@@ -114,7 +127,7 @@ class AsyncGRPCComputeClient:
         waiting: deque[asyncio.Task[torch.Tensor]] = deque()
         try:
             async for tensor in _each(tensors):
-                waiting.append(asyncio.create_task(self.compute(tensor, model_id)))
+                waiting.append(self._begun(tensor, model_id))
                 if len(waiting) >= in_flight:
                     yield await waiting.popleft()
             while waiting:

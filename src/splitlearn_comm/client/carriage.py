@@ -64,6 +64,19 @@ class Load:
             self._carriage.keep(file)
         return self._carriage.codec.decode(data, response.shape)
 
+    def renew(self) -> None:
+        """It is sent once more, in another file: an answer to the last time may still be written.
+
+        Raises:
+            OSError: if there is no room in shared memory.
+        """
+        if self._file is None:
+            return
+        file = self._carriage.new_file(self._file.given())
+        self._file.close()
+        self._file = file
+        self.metadata = {**self.metadata, shared_memory.KEY: file.said}
+
     def give_up(self) -> None:
         """There is no answer; the server may still write one. A second call does nothing."""
         file, self._file = self._file, None
@@ -138,13 +151,18 @@ class Carriage:
         view, shape = encode_exactly(tensor, self.codec, copies=False)
         if len(view) < SMALLEST_SHARED_BYTES:
             return Load(self, bytes(view), shape, self._announced, None)
+        file = self.new_file(view)
+        return Load(self, b"", shape, {**self._announced, shared_memory.KEY: file.said}, file)
+
+    def new_file(self, data: Bytes) -> shared_memory.SharedFile:
+        """One with these bytes. Raises OSError if there is no room in shared memory."""
         file = self._file()
         try:
-            said = file.put(view)
+            file.put(data)
         except BaseException:
             file.close()
             raise
-        return Load(self, b"", shape, {**self._announced, shared_memory.KEY: said}, file)
+        return file
 
     def _file(self) -> shared_memory.SharedFile:
         while True:

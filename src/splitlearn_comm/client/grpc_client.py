@@ -29,6 +29,7 @@ from splitlearn_comm.client.messages import (
     monitoring_data,
     service_description,
 )
+from splitlearn_comm.client.prepared import Prepared
 from splitlearn_comm.client.requests import RequestStream
 from splitlearn_comm.client.retry import FINAL_STATUSES, ExponentialBackoff, RetryStrategy
 from splitlearn_comm.client.statistics import CallStatistics, Statistics, Timing, timing
@@ -192,46 +193,92 @@ class GRPCComputeClient:
             ValueError: if integers in `tensor` cannot be sent exactly in the codec's dtype.
             ClientClosed: if the client was closed.
         """
-        started_s = self._clock()
-        timeout_s = self.timeout if timeout is None else timeout
-        self._carriage.check_server()
-        load = self._carriage.load(tensor)
-        request = compute_pb2.ComputeRequest(
-            shape=load.shape, model_id=model_id or "", metadata=load.metadata
-        )
-
-        def call() -> bytes:
-            request.data = bytes(load.data)
-            response = self._channel.call(
-                "Compute",
-                request,
-                compute_pb2.ComputeResponse,
-                timeout_s=max(0.0, started_s + timeout_s - self._clock()),
-                retry=False,
-            )
-            return response.SerializeToString()
-
-        answer: Future[torch.Tensor] = Future()
-        stream = self._requests()
+        prepared = self._prepared(tensor, model_id, timeout)
         try:
-            asked = stream.ask(
-                frames.parts(load.data, request.SerializeToString()), timeout_s, call
-            )
+            answer = self._ask(prepared, once=True)
         except BaseException:
-            load.give_up()
+            prepared.give_up()
             raise
+        answer.add_done_callback(lambda _: prepared.load.give_up())
+        return answer
+
+    def compute_many(
+        self, tensors: Iterable[torch.Tensor], model_id: str | None = None, in_flight: int = 32
+    ) -> Iterator[torch.Tensor]:
+        """Run a model on many tensors, so many at a time, and give the answers in the tensors' order.
+
+        What fails for a passing reason is tried again as `compute` does, within the time limit of each.
+
+        Args:
+            tensors: taken from as answers are taken; one may be written to again once the next is asked for.
+            model_id: None lets the server choose.
+            in_flight: requests that are under way at most.
+
+        Raises:
+            RemoteComputeError: with the gRPC status of the first tensor that was not answered; later ones
+                are withdrawn.
+        """
+        if in_flight < 1:
+            raise ValueError(f"in_flight: expected at least 1, got {in_flight}")
+        waiting: deque[Prepared] = deque()
+        try:
+            for tensor in tensors:
+                waiting.append(self._prepared(tensor, model_id))
+                self._ask(waiting[-1])
+                if len(waiting) >= in_flight:
+                    yield self._taken(waiting.popleft())
+            while waiting:
+                yield self._taken(waiting.popleft())
+        finally:
+            for prepared in waiting:
+                prepared.give_up()
+
+    def _taken(self, prepared: Prepared) -> torch.Tensor:
+        assert prepared.asked is not None
+        try:
+            try:
+                return prepared.asked.result()
+            except RemoteComputeError as error:
+                if error.code() in FINAL_STATUSES or self._clock() >= prepared.until_s:
+                    raise
+            prepared.renew()
+            response = self._call(prepared, retry=True)
+            output = prepared.load.unload(response, response.data)
+            self._note_answer(prepared, response)
+            return output
+        finally:
+            prepared.give_up()
+
+    def _prepared(
+        self, tensor: torch.Tensor, model_id: str | None, timeout: float | None = None
+    ) -> Prepared:
+        started_s = self._clock()
+        self._carriage.check_server()
+        timeout_s = self.timeout if timeout is None else timeout
+        return Prepared(self._carriage.load(tensor), model_id or "", started_s, timeout_s)
+
+    def _ask(self, prepared: Prepared, *, once: bool = False) -> Future[torch.Tensor]:
+        """Ask over the stream. If there is no answer the request may be asked again, unless it is `once`."""
+        stream = self._requests()
+        message = frames.parts(prepared.load.data, prepared.message.SerializeToString())
+        asked = stream.ask(
+            message,
+            prepared.until_s - self._clock(),
+            lambda: self._call(prepared, retry=False).SerializeToString(),
+        )
+        answer: Future[torch.Tensor] = Future()
+        prepared.asked = answer
 
         def answered(asked: Future[tuple[compute_pb2.ComputeResponse, frames.Bytes]]) -> None:
             if asked.cancelled() or not answer.set_running_or_notify_cancel():
-                load.give_up()
                 return
             try:
                 response, received = asked.result()
-                output = load.unload(response, received)
-                self._note_load(response)
-                self._recorded(started_s, response.compute_time_ms)
+                output = prepared.load.unload(response, received)
+                self._note_answer(prepared, response)
             except BaseException as error:
-                load.give_up()
+                if once:
+                    prepared.load.give_up()
                 answer.set_exception(error)
             else:
                 answer.set_result(output)
@@ -244,45 +291,18 @@ class GRPCComputeClient:
         asked.add_done_callback(answered)
         return answer
 
-    def compute_many(
-        self, tensors: Iterable[torch.Tensor], model_id: str | None = None, in_flight: int = 32
-    ) -> Iterator[torch.Tensor]:
-        """Run a model on many tensors, so many at a time, and give the answers in the tensors' order.
+    def _call(self, prepared: Prepared, *, retry: bool) -> compute_pb2.ComputeResponse:
+        return self._channel.call(
+            "Compute",
+            prepared.whole(),
+            compute_pb2.ComputeResponse,
+            timeout_s=max(0.0, prepared.until_s - self._clock()),
+            retry=retry,
+        )
 
-        What fails for a passing reason is tried again as `compute` does.
-
-        Args:
-            tensors: taken from as answers are taken.
-            model_id: None lets the server choose.
-            in_flight: requests that are under way at most.
-
-        Raises:
-            RemoteComputeError: with the gRPC status of the first tensor that was not answered; later ones
-                are withdrawn.
-        """
-        if in_flight < 1:
-            raise ValueError(f"in_flight: expected at least 1, got {in_flight}")
-        waiting: deque[tuple[torch.Tensor, Future[torch.Tensor]]] = deque()
-        try:
-            for tensor in tensors:
-                waiting.append((tensor, self.compute_async(tensor, model_id)))
-                if len(waiting) >= in_flight:
-                    yield self._taken(*waiting.popleft(), model_id)
-            while waiting:
-                yield self._taken(*waiting.popleft(), model_id)
-        finally:
-            for _, future in waiting:
-                future.cancel()
-
-    def _taken(
-        self, tensor: torch.Tensor, future: Future[torch.Tensor], model_id: str | None
-    ) -> torch.Tensor:
-        try:
-            return future.result()
-        except RemoteComputeError as error:
-            if error.code() in FINAL_STATUSES:
-                raise
-        return self.compute(tensor, model_id)
+    def _note_answer(self, prepared: Prepared, response: compute_pb2.ComputeResponse) -> None:
+        self._note_load(response)
+        self._recorded(prepared.started_s, response.compute_time_ms)
 
     def _requests(self) -> RequestStream:
         with self._stream_lock:

@@ -103,11 +103,20 @@ class SharedFile:
         """Whether this process has made it."""
         return self._owner == os.getpid()
 
+    @property
+    def said(self) -> str:
+        """What a request's metadata says of it."""
+        return f"{self.name}:{self._size}"
+
     def put(self, data: bytes | memoryview) -> str:
         """Write a request's tensor; what its metadata says of that."""
         self._size = len(data)
         _put(self._file, 0, data)
-        return f"{self.name}:{len(data)}"
+        return self.said
+
+    def given(self) -> memoryview:
+        """The request's tensor."""
+        return _all_of(self._file, 0, self._size)
 
     def take(self, size: int) -> memoryview:
         """The answer. Raises OSError if it is not there."""

@@ -99,6 +99,24 @@ def test_many_come_in_order_from_any_kind_of_iterable(server: GRPCComputeServer)
     asyncio.run(run())
 
 
+def test_a_tensor_is_sent_as_it_was_when_it_was_taken_also_when_it_is_tried_again(
+    server: GRPCComputeServer, function: Sometimes
+) -> None:
+    tensor = torch.zeros(1)
+
+    def one_that_changes() -> Iterator[torch.Tensor]:
+        for number in range(8):
+            yield tensor.fill_(float(number))
+
+    async def run() -> None:
+        async with client_of(server) as client:
+            for function.not_ready in (0, 2):
+                found = [a.item() async for a in client.compute_many(one_that_changes())]
+                assert found == [2.0 * n for n in range(8)]
+
+    asyncio.run(run())
+
+
 def test_a_cancelled_task_withdraws_its_request(
     server: GRPCComputeServer, function: Sometimes
 ) -> None:

@@ -26,7 +26,7 @@ from splitlearn_comm import (
     Zstd,
 )
 from splitlearn_comm.client.carriage import Carriage
-from splitlearn_comm.core import shared_memory
+from splitlearn_comm.core import InvalidRequest, NotReady, shared_memory
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from splitlearn_comm.server import ComputeServicer, SystemMonitor, build_server
 from splitlearn_comm.server.backend import ServiceInfo
@@ -217,6 +217,40 @@ def test_what_is_never_asked_or_answered_as_said_leaves_no_file_behind(tmp_path:
         load.give_up()
     assert files() <= before
     place.server.stop(0.1)
+
+
+def test_what_is_sent_once_more_has_a_file_of_its_own() -> None:
+    before = files()
+    carriage = Carriage(TensorCodec(), announces=False, shared=True, known=dict)
+    tensor = torch.randn(300, 300)
+    load = carriage.load(tensor)
+    first = load.metadata[shared_memory.KEY]
+    load.renew()
+    second = load.metadata[shared_memory.KEY]
+    assert second != first
+    with pytest.raises(InvalidRequest):
+        shared_memory.write(first, b"late")
+    assert bytes(shared_memory.read(second, tensor.nbytes)) == TensorCodec().encode(tensor)[0]
+    size = shared_memory.write(second, TensorCodec().encode(tensor)[0])
+    answer = compute_pb2.ComputeResponse(shape=tensor.shape, shared_bytes=size)
+    assert torch.equal(load.unload(answer, b""), tensor)
+    carriage.close()
+    assert files() <= before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_by_shared_memory_are_tried_again(place: Place, shared: bool) -> None:
+    before = files()
+    place.node.refusal = NotReady("a moment, please")
+
+    def ready(_: float) -> None:
+        place.node.refusal = None
+
+    with GRPCComputeClient(place.at_socket, shared_memory=shared, sleep=ready) as client:
+        tensors = [torch.full((300, 300), float(n)) for n in range(4)]
+        for tensor, answer in zip(tensors, client.compute_many(tensors, "m"), strict=True):
+            assert torch.equal(answer, tensor * 2)
+    assert files() <= before
 
 
 _ANOTHER = """

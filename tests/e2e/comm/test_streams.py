@@ -137,6 +137,30 @@ def test_many_are_given_in_order_whatever_comes_first(
     assert [answer.item() for answer in answers] == [2.0 * n for n in range(1, 50)]
 
 
+def test_a_tensor_is_sent_as_it_was_when_it_was_taken_also_when_it_is_tried_again(
+    function: Gated, server: GRPCComputeServer
+) -> None:
+    tensor = torch.zeros(1)
+
+    def one_that_changes() -> Iterator[torch.Tensor]:
+        for number in range(8):
+            yield tensor.fill_(float(number))
+
+    def restart_meanwhile(seconds: float) -> None:
+        if not function.gate.is_set():
+            function.gate.set()
+            server.start()
+        threading.Event().wait(seconds)
+
+    server.stop()
+    tries = FixedDelay(max_attempts=100, delay_s=0.1)
+    address = f"127.0.0.1:{server.port}"
+    options = {"retry_strategy": tries, "sleep": restart_meanwhile}
+    with GRPCComputeClient(address, PATIENCE_S, **options) as client:
+        answers = [answer.item() for answer in client.compute_many(one_that_changes())]
+    assert answers == [2.0 * n for n in range(8)]
+
+
 def test_a_stream_reads_no_more_than_its_window(
     client: GRPCComputeClient, function: Gated, server: GRPCComputeServer
 ) -> None:
@@ -289,7 +313,15 @@ class Silent(compute_pb2_grpc.ComputeServiceServicer):
     """Takes all requests, and says nothing."""
 
     def __init__(self) -> None:
+        self.address = ""
+        self.calls = 0
         self.over = threading.Event()
+
+    def Compute(
+        self, request: compute_pb2.ComputeRequest, context: grpc.ServicerContext
+    ) -> compute_pb2.ComputeResponse:
+        self.calls += 1
+        context.abort(grpc.StatusCode.UNAVAILABLE, "a moment, please")
 
     def ComputeStream(
         self, requests: Iterator[compute_pb2.StreamedRequest], context: grpc.ServicerContext
@@ -299,19 +331,19 @@ class Silent(compute_pb2_grpc.ComputeServiceServicer):
 
 
 @pytest.fixture
-def silent() -> Iterator[str]:
+def silent() -> Iterator[Silent]:
     server = grpc.server(ThreadPoolExecutor(16))
     servicer = Silent()
     compute_pb2_grpc.add_ComputeServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    servicer.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    yield f"127.0.0.1:{port}"
+    yield servicer
     servicer.over.set()
     server.stop(None)
 
 
-def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(silent: str) -> None:
-    with GRPCComputeClient(silent, timeout=PATIENCE_S) as client:
+def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(silent: Silent) -> None:
+    with GRPCComputeClient(silent.address, timeout=PATIENCE_S) as client:
         patient = client.compute_async(torch.ones(1))
         for _ in range(2):
             hasty = [client.compute_async(torch.ones(1), timeout=0.1) for _ in range(3)]
@@ -322,6 +354,13 @@ def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(sile
     assert isinstance(patient.exception(PATIENCE_S), RemoteComputeError)
     limits = "compute-limits"
     eventually(lambda: limits not in {t.name for t in threading.enumerate()}, "it has ended")
+
+
+def test_many_are_not_tried_again_once_their_time_is_over(silent: Silent) -> None:
+    with GRPCComputeClient(silent.address, timeout=0.2) as client:
+        with pytest.raises(RemoteComputeError, match="DEADLINE_EXCEEDED"):
+            list(client.compute_many([torch.ones(1)]))
+        assert silent.calls == 0
 
 
 def test_a_request_that_waits_for_its_turn_without_streams_has_its_time_limit(
