@@ -1,7 +1,8 @@
 """`AsyncGRPCComputeClient`: the client for programs on asyncio.
 
 It is `GRPCComputeClient` underneath: requests go over its stream, and what waits, waits in the event loop. A
-tensor is encoded on the loop's thread; health and service information are asked for on another one.
+tensor is encoded on the loop's thread; health and service information, and what the server knows of what
+requests announce, are asked for on another one.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class AsyncGRPCComputeClient:
     ) -> None:
         self.timeout = timeout
         self._retries = retry_strategy or ExponentialBackoff()
-        self._client = GRPCComputeClient(server_address, timeout, **options)
+        self._client = GRPCComputeClient(
+            server_address, timeout, retry_strategy=self._retries, **options
+        )
 
     async def __aenter__(self) -> AsyncGRPCComputeClient:
         await self.connect()
@@ -78,11 +81,16 @@ class AsyncGRPCComputeClient:
             RemoteComputeError: with the gRPC status, after the retries.
             ValueError: if integers in `tensor` cannot be sent exactly in the codec's dtype.
         """
+        await self._check_server()
         prepared = self._client._prepared(tensor, model_id)
         try:
             return await self._answer(prepared)
         finally:
             prepared.give_up()
+
+    async def _check_server(self) -> None:
+        if not self._client._carriage.server_is_known:
+            await asyncio.to_thread(self._client._carriage.check_server)
 
     def _begun(self, tensor: torch.Tensor, model_id: str | None) -> asyncio.Task[torch.Tensor]:
         # The tensor is encoded here and now, and not when the task has its turn.
@@ -124,6 +132,7 @@ class AsyncGRPCComputeClient:
         """
         if in_flight < 1:
             raise ValueError(f"in_flight: expected at least 1, got {in_flight}")
+        await self._check_server()
         waiting: deque[asyncio.Task[torch.Tensor]] = deque()
         try:
             async for tensor in _each(tensors):

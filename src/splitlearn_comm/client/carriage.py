@@ -119,6 +119,11 @@ class Carriage:
         """What each request says in its metadata, wherever its tensor is."""
         return self._announced
 
+    @property
+    def server_is_known(self) -> bool:
+        """Whether `check_server` has nothing to ask."""
+        return self._asked
+
     def check_server(self) -> None:
         """Ask the server, once, whether it knows what requests announce.
 

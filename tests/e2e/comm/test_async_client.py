@@ -117,6 +117,30 @@ def test_a_tensor_is_sent_as_it_was_when_it_was_taken_also_when_it_is_tried_agai
     asyncio.run(run())
 
 
+def test_the_loop_goes_on_while_the_server_is_asked_what_it_knows(
+    server: GRPCComputeServer, function: Sometimes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    went_on = threading.Event()
+
+    def slowly() -> tuple[str, ...]:
+        return ("dtype:float32",) if went_on.wait(PATIENCE_S / 2) else ()
+
+    monkeypatch.setattr("splitlearn_comm.server.servicer.extensions", slowly)
+
+    async def run(many: bool) -> None:
+        address = f"127.0.0.1:{server.port}"
+        async with AsyncGRPCComputeClient(address, PATIENCE_S, announce_dtype=True) as client:
+            asyncio.get_running_loop().call_later(0.1, went_on.set)
+            if many:
+                assert [a.item() async for a in client.compute_many([torch.ones(1)])] == [2.0]
+            else:
+                assert (await client.compute(torch.ones(1))).item() == 2.0
+
+    for many in (False, True):
+        went_on.clear()
+        asyncio.run(run(many))
+
+
 def test_a_cancelled_task_withdraws_its_request(
     server: GRPCComputeServer, function: Sometimes
 ) -> None:
