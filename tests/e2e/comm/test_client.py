@@ -23,7 +23,9 @@ from splitlearn_comm import (
     ModelComputeFunction,
     RemoteComputeError,
     SplitlearnCommError,
+    TensorCodec,
 )
+from splitlearn_comm.client.messages import encode_exactly
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from support.comm_models import Doubler, Gate
 from support.comm_v1 import V1Server
@@ -151,6 +153,46 @@ class TestErrors:
             with pytest.raises(ValueError, match=r"float32.* cannot hold exactly"):
                 client.compute(torch.tensor([value]))
             assert client.compute(torch.tensor([2**24])).item() == 2**25
+
+    @pytest.mark.parametrize(
+        ("value", "dtype", "codec"),
+        [
+            (300, torch.int64, torch.int8),
+            (-1, torch.int64, torch.uint8),
+            (-1, torch.int8, torch.uint8),
+            (200, torch.uint8, torch.int8),
+            (2, torch.int64, torch.bool),
+            (2**40, torch.int64, torch.int32),
+            (-(2**31), torch.int32, torch.float16),
+            (-(2**63), torch.int64, torch.float16),
+        ],
+    )
+    def test_integers_that_another_dtype_would_change_are_not_sent(
+        self, address: str, value: int, dtype: torch.dtype, codec: torch.dtype
+    ) -> None:
+        with GRPCComputeClient(address, codec=TensorCodec(codec)) as client:
+            with pytest.raises(ValueError, match=r"on the wire, cannot hold exactly"):
+                client.compute(torch.tensor([value], dtype=dtype))
+            with pytest.raises(ValueError, match=r"on the wire, cannot hold exactly"):
+                client.compute_async(torch.tensor([value], dtype=dtype))
+
+    @pytest.mark.parametrize(
+        ("dtype", "codec"),
+        [
+            (torch.int64, torch.int8),
+            (torch.int64, torch.bool),
+            (torch.uint16, torch.int32),
+            (torch.uint32, torch.float16),
+            (torch.uint64, torch.uint8),
+            (torch.bool, torch.int16),
+        ],
+    )
+    def test_integers_that_it_would_not_are_sent(
+        self, dtype: torch.dtype, codec: torch.dtype
+    ) -> None:
+        tensor = torch.tensor([0, 1]).to(dtype)
+        data, shape = encode_exactly(tensor, TensorCodec(codec))
+        assert TensorCodec(codec).decode(data, shape).tolist() == [0, 1]
 
     def test_what_is_no_tensor_is_not_sent(self, address: str) -> None:
         with GRPCComputeClient(address) as client, pytest.raises(TypeError, match="list"):
