@@ -28,6 +28,8 @@ from splitlearn_comm.core.packed import Packed
 MAX_DIMENSIONS = 64
 DEFAULT_MAX_DECODED_BYTES = 1 << 30
 _MAX_ELEMENTS = (1 << 63) - 1
+_LARGEST_SCALE = float(np.nextafter(np.float32(np.finfo(np.float32).max / 127), np.float32(0)))
+"""127 times that is finite; what is rounded up from the largest float32 is not."""
 _DTYPES = (
     torch.float16,
     torch.bfloat16,
@@ -225,7 +227,7 @@ class Int8Codec(TensorCodec):
     def _raw(self, tensor: torch.Tensor) -> memoryview:
         values = tensor.detach().to("cpu", torch.float32).reshape(-1, _vector(tuple(tensor.shape)))
         scales = values.abs().amax(1, keepdim=True) / 127 if values.numel() else values[:, :1]
-        scales = torch.where(scales.isfinite(), scales, torch.nan)
+        scales = torch.where(scales.isfinite(), scales.clamp(max=_LARGEST_SCALE), torch.nan)
         # Zeros are zeros with any scale; a byte for what is not finite may be any.
         whole = (values / torch.where(scales > 0, scales, 1.0)).round_().clamp_(-127, 127)
         coded = whole.nan_to_num_().to(torch.int8)

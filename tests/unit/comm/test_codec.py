@@ -228,6 +228,14 @@ def test_int8_is_off_by_at_most_half_a_step_of_its_vector(
         assert bool((off <= step * 0.5001 + 1e-38).all())
 
 
+def test_int8_holds_the_largest_values() -> None:
+    largest = torch.finfo(torch.float32).max
+    values = torch.tensor([[largest, -largest, 0.0], [0.0, largest / 2, -largest]])
+    back = Int8Codec().decode(*Int8Codec().encode(values))
+    assert back.isfinite().all()
+    assert torch.allclose(back, values, rtol=0.01)
+
+
 def test_int8_sends_a_byte_a_value_and_a_scale_a_vector() -> None:
     data, shape = Int8Codec().encode(torch.tensor([[1.0, -2.0, 0.5], [0.0, 0.0, 0.0]]))
     assert shape == [2, 3]
