@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from splitlearn_comm.client.channel import ComputeChannel
 from splitlearn_comm.client.errors import RemoteComputeError
@@ -220,6 +221,13 @@ class _Open:
                 self._answered(frame)
         except grpc.RpcError as error:
             status, details = error.code(), error.details() or ""
+        except DecodeError as error:
+            status, details = (
+                grpc.StatusCode.INTERNAL,
+                f"what the server has sent is no answer: {error}",
+            )
+            end_call: Callable[[], object] = self._call.cancel
+            end_call()
         finally:
             self._unsent.put(None)
             failure = RemoteComputeError(_RPC, status, details, 1)

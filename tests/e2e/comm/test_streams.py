@@ -356,6 +356,33 @@ def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(sile
     eventually(lambda: limits not in {t.name for t in threading.enumerate()}, "it has ended")
 
 
+@pytest.mark.parametrize("size", [3, 1 << 17], ids=["small", "large"])
+def test_bytes_that_are_no_answer_end_the_stream_and_say_so(size: int) -> None:
+    over = threading.Event()
+
+    def answer(requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
+        context.add_callback(over.set)
+        next(requests)
+        yield b"\xff" * size
+        over.wait(PATIENCE_S)
+
+    service, rpc = RPC.strip("/").split("/")
+    handler = grpc.stream_stream_rpc_method_handler(answer)
+    server = grpc.server(ThreadPoolExecutor(2))
+    server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(service, {rpc: handler}),)
+    )
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    client = GRPCComputeClient(f"127.0.0.1:{port}", PATIENCE_S)
+    future = client.compute_async(torch.ones(1))
+    with pytest.raises(RemoteComputeError, match="INTERNAL: what the server has sent is no answer"):
+        future.result(PATIENCE_S)
+    assert over.wait(PATIENCE_S / 2), "the call has ended"
+    client.close()
+    server.stop(None)
+
+
 def test_many_are_not_tried_again_once_their_time_is_over(silent: Silent) -> None:
     with GRPCComputeClient(silent.address, timeout=0.2) as client:
         with pytest.raises(RemoteComputeError, match="DEADLINE_EXCEEDED"):
