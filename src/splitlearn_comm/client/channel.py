@@ -49,7 +49,7 @@ class ComputeChannel:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.address = address
-        self._max_message_length = max_message_length
+        self.max_message_length = max_message_length
         self._retries = retries
         self._credentials = credentials
         self._metadata = tuple(metadata)
@@ -185,8 +185,8 @@ class ComputeChannel:
 
     def _open(self) -> grpc.Channel:
         options = (
-            ("grpc.max_send_message_length", self._max_message_length),
-            ("grpc.max_receive_message_length", self._max_message_length),
+            ("grpc.max_send_message_length", self.max_message_length),
+            ("grpc.max_receive_message_length", self.max_message_length),
             # gRPC's own wait before it connects again grows to two minutes, far beyond the retries here.
             ("grpc.initial_reconnect_backoff_ms", 200),
             ("grpc.min_reconnect_backoff_ms", 200),

@@ -86,6 +86,12 @@ class RequestStream:
         asked = Asked(b"".join(frames.enclosed(request, rest)), number, until_s, call)
         self._waiting[number] = asked
         asked.add_done_callback(self._ended)
+        limit = self._channel.max_message_length
+        if self._has_streams and 0 <= limit < len(asked.frame):
+            # gRPC would end the stream, with the requests of all others in it.
+            text = f"the request has {len(asked.frame)} bytes; the most that is sent is {limit}"
+            asked.fail(RemoteComputeError("Compute", grpc.StatusCode.RESOURCE_EXHAUSTED, text))
+            return asked
         try:
             opened, failure = self._begin(asked)
         except BaseException:

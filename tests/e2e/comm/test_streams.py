@@ -120,6 +120,22 @@ def test_an_answer_that_is_too_large_is_one_futures_own(way: str) -> None:
         assert torch.equal(waits.result(PATIENCE_S), -torch.ones(1000))
 
 
+def test_a_request_that_is_too_large_fails_alone(
+    server: GRPCComputeServer, function: Gated
+) -> None:
+    limit = 1 << 16
+    once = FixedDelay(max_attempts=1)
+    with GRPCComputeClient(
+        f"127.0.0.1:{server.port}", PATIENCE_S, max_message_length=limit, retry_strategy=once
+    ) as client:
+        good = client.compute_async(torch.ones(2))
+        assert function.began.acquire(timeout=PATIENCE_S)
+        with pytest.raises(RemoteComputeError, match=f"RESOURCE_EXHAUSTED: .*{limit}"):
+            client.compute_async(torch.ones(limit)).result(PATIENCE_S)
+        function.gate.set()
+        assert torch.equal(good.result(PATIENCE_S), torch.full((2,), 2.0))
+
+
 def test_many_are_given_in_order_whatever_comes_first(
     client: GRPCComputeClient, function: Gated
 ) -> None:
