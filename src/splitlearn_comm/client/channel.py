@@ -6,6 +6,7 @@ the limit is not waited for. This module knows nothing of tensors.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -117,7 +118,8 @@ class ComputeChannel:
         method = self._connection().unary_stream(
             f"/{_SERVICE}/{rpc}", _serialized, response_type.FromString
         )
-        answers = method(request, timeout=timeout_s, metadata=self._metadata)
+        with self._unless_closed():
+            answers = method(request, timeout=timeout_s, metadata=self._metadata)
         end_call: Callable[[], object] = answers.cancel
         try:
             yield from answers
@@ -136,7 +138,8 @@ class ComputeChannel:
             ClientClosed: if the channel was closed.
         """
         method = self._connection().stream_stream(f"/{_SERVICE}/{rpc}", _as_it_is, _as_it_is)
-        return method(frames, metadata=self._metadata)
+        with self._unless_closed():
+            return method(frames, metadata=self._metadata)
 
     @property
     def closed(self) -> bool:
@@ -163,9 +166,14 @@ class ComputeChannel:
         method = self._connection().unary_unary(
             f"/{_SERVICE}/{rpc}", _serialized, response_type.FromString
         )
-        try:
+        with self._unless_closed():
             response: MessageT = method(request, timeout=timeout_s, metadata=self._metadata)
             return response
+
+    @contextlib.contextmanager
+    def _unless_closed(self) -> Iterator[None]:
+        try:
+            yield
         except ValueError as error:
             # What gRPC raises if another thread closed the channel just now.
             if self.closed:

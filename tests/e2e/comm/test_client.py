@@ -25,6 +25,7 @@ from splitlearn_comm import (
     SplitlearnCommError,
     TensorCodec,
 )
+from splitlearn_comm.client.channel import ComputeChannel
 from splitlearn_comm.client.messages import encode_exactly
 from splitlearn_comm.protocol import compute_pb2, compute_pb2_grpc
 from support.comm_models import Doubler, Gate
@@ -224,6 +225,21 @@ class TestConnection:
         assert client.connect()
         assert client.compute(ONE).item() == 2.0
         client.close()
+
+    def test_call_that_begins_as_another_thread_closes_says_so(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        channel = ComputeChannel("127.0.0.1:1", 1 << 20, FixedDelay(1))
+        connection = channel._connection()
+        channel.close()
+        monkeypatch.setattr(channel, "_connection", lambda: connection)
+        request, answer = compute_pb2.HealthRequest(), compute_pb2.HealthResponse
+        with pytest.raises(ClientClosed):
+            channel.call("HealthCheck", request, answer, timeout_s=1.0, retry=False)
+        with pytest.raises(ClientClosed):
+            channel.open_stream("ComputeStream", iter(()))
+        with pytest.raises(ClientClosed):
+            next(channel.stream("StreamMonitoring", request, answer))
 
     def test_closing_ends_a_running_call(self) -> None:
         gate = Gate()
