@@ -142,6 +142,12 @@ class GRPCComputeClient:
         self._channel.close()
         self._carriage.close()
 
+    def __del__(self) -> None:
+        # The stream's threads would keep it and the connection. Whoever collects garbage may hold any lock.
+        stream: RequestStream | None = self.__dict__.get("_stream")
+        if stream is not None:
+            stream.no_more()
+
     def __enter__(self) -> GRPCComputeClient:
         self.connect()
         return self

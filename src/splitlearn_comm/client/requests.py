@@ -120,6 +120,12 @@ class RequestStream:
         asked.cancel()
         self._forget(asked)
 
+    def no_more(self) -> None:
+        """Nobody asks any more: what was asked is answered, then the stream ends. Takes no lock."""
+        opened = self._open
+        if opened is not None:
+            opened.no_more()
+
     def close(self) -> None:
         """End the stream; what has no answer fails."""
         with self._lock:
@@ -147,6 +153,7 @@ class RequestStream:
                 return
         for asked in left:
             asked.fail(failure)
+        self._limits.look()
 
     def _late(self, asked: Asked) -> None:
         # One that is asked by itself, and has begun, has its own time limit.
@@ -211,8 +218,11 @@ class _Open:
                 return
         self._unsent.put(compute_pb2.StreamedRequest(id=asked.number).SerializeToString())
 
-    def close(self) -> None:
+    def no_more(self) -> None:
         self._unsent.put(None)
+
+    def close(self) -> None:
+        self.no_more()
         end_call: Callable[[], object] = self._call.cancel
         end_call()
 

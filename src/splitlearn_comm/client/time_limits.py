@@ -59,14 +59,19 @@ class TimeLimits(Generic[T]):
     def _run(self) -> None:
         while True:
             with self._changed:
-                waiting, now_s = self._waiting(), time.monotonic()
-                late = [one for one in waiting if one.until_s <= now_s]
+                late = self._late()
                 if not late:
-                    limits = [one.until_s for one in waiting if one.until_s < _NEVER_S]
-                    self._looks_s = min(limits, default=_NEVER_S)
-                    if not limits:
+                    if self._looks_s == _NEVER_S:
                         self._runs = False
                         return
-                    self._changed.wait(min(self._looks_s - now_s, threading.TIMEOUT_MAX))
-            for one in late:
-                self._over(one)
+                    left_s = self._looks_s - time.monotonic()
+                    self._changed.wait(min(max(left_s, 0.0), threading.TIMEOUT_MAX))
+            while late:
+                self._over(late.pop())
+
+    def _late(self) -> list[T]:
+        # By itself, so that the thread keeps nothing of what it has seen while it waits.
+        waiting, now_s = self._waiting(), time.monotonic()
+        limits = [one.until_s for one in waiting if one.until_s < _NEVER_S]
+        self._looks_s = min(limits, default=_NEVER_S)
+        return [one for one in waiting if one.until_s <= now_s]

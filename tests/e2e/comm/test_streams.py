@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -250,6 +251,26 @@ def test_a_stream_that_broke_is_opened_again(function: Gated, server: GRPCComput
         server.start()
         answers = client.compute_many(torch.ones(1) for _ in range(3))
         assert [answer.item() for answer in answers] == [2.0] * 3
+
+
+def test_a_client_that_is_dropped_leaves_no_threads_behind(
+    server: GRPCComputeServer, function: Gated
+) -> None:
+    before = set(threading.enumerate())
+    dropped = GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S)
+    last = dropped.compute_async(torch.ones(1))
+    del dropped
+    gc.collect()
+    function.gate.set()
+    assert last.result(PATIENCE_S).item() == 2.0
+    del last
+
+    def threads_are_gone() -> bool:
+        gc.collect()
+        left = set(threading.enumerate()) - before
+        return not {thread.name for thread in left} & {"compute-stream", "compute-limits"}
+
+    eventually(threads_are_gone, "the stream has ended", PATIENCE_S / 2)
 
 
 def test_closing_the_client_fails_what_waits(client: GRPCComputeClient, function: Gated) -> None:
