@@ -7,6 +7,7 @@ the limit is not waited for. This module knows nothing of tensors.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,6 +60,8 @@ class ComputeChannel:
         self._lock = threading.Lock()
         self._closed = False
         self._channel: grpc.Channel | None = None
+        self._inherited: grpc.Channel | None = None
+        self._owner = os.getpid()
 
     def call(
         self,
@@ -184,8 +187,13 @@ class ComputeChannel:
         with self._lock:
             if self._closed:
                 raise self._closed_error()
+            if self._channel is not None and self._owner != os.getpid():
+                # This process was forked, and the connection is its parent's: kept, for to close it is to
+                # send something over it.
+                self._inherited, self._channel = self._channel, None
             if self._channel is None:
                 self._channel = self._open()
+                self._owner = os.getpid()
             return self._channel
 
     def _closed_error(self) -> ClientClosed:

@@ -312,7 +312,8 @@ class GRPCComputeClient:
 
     def _requests(self) -> RequestStream:
         with self._stream_lock:
-            if self._stream is None:
+            if self._stream is None or not self._stream.own:
+                # In a process that was forked: the threads of its parent's are not here.
                 self._stream = RequestStream(self._channel)
             return self._stream
 

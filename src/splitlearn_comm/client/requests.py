@@ -8,6 +8,7 @@ fails, whether the server says so or nothing at all.
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 import time
@@ -62,6 +63,7 @@ class RequestStream:
 
     def __init__(self, channel: ComputeChannel) -> None:
         self._channel = channel
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._numbers = 0
         self._open: _Open | None = None
@@ -69,6 +71,11 @@ class RequestStream:
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: dict[int, Asked] = {}
         self._limits = TimeLimits(lambda: list(self._waiting.values()), self._late)
+
+    @property
+    def own(self) -> bool:
+        """Whether this process has made it."""
+        return self._owner == os.getpid()
 
     def ask(self, request: tuple[Bytes, ...], timeout_s: float, call: Callable[[], bytes]) -> Asked:
         """Send a request.

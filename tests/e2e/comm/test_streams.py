@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -271,6 +273,31 @@ def test_a_client_that_is_dropped_leaves_no_threads_behind(
         return not {thread.name for thread in left} & {"compute-stream", "compute-limits"}
 
     eventually(threads_are_gone, "the stream has ended", PATIENCE_S / 2)
+
+
+_FORKS = """
+import os, sys, torch
+from splitlearn_comm import GRPCComputeClient
+
+client = GRPCComputeClient(sys.argv[1], timeout=10)
+ones = torch.ones(1)
+assert client.compute_async(ones).result().item() == 2.0
+child = os.fork()
+assert client.compute_async(ones).result().item() == 2.0
+assert client.compute(ones).item() == 2.0
+if not child:
+    os._exit(7)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+"""
+
+
+def test_a_process_that_was_forked_has_a_stream_of_its_own(
+    server: GRPCComputeServer, function: Gated
+) -> None:
+    function.gate.set()
+    command = [sys.executable, "-c", _FORKS, f"127.0.0.1:{server.port}"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_closing_the_client_fails_what_waits(client: GRPCComputeClient, function: Gated) -> None:
