@@ -35,7 +35,11 @@ class Area:
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.size = os.fstat(descriptor).st_size
-        self._memory = mmap.mmap(descriptor, self.size)
+        try:
+            self._memory = mmap.mmap(descriptor, self.size)
+        except BaseException:
+            self.close()
+            raise
         self.address = torch.frombuffer(self._memory, dtype=torch.uint8).data_ptr()
 
     @classmethod
@@ -121,8 +125,12 @@ def anonymous_file(size: int) -> int:
     """The descriptor of a file in memory, without a name, that cannot become shorter."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("splitlearn", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(descriptor, size)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        try:
+            os.ftruncate(descriptor, size)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)
+        except BaseException:
+            os.close(descriptor)
+            raise
         return descriptor
     with tempfile.TemporaryFile() as file:
         os.ftruncate(file.fileno(), size)

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -61,15 +61,18 @@ def work(control: socket.socket) -> None:
 
 def _serve(channel: Channel, worker: Worker) -> None:
     connection = _Connection(channel)
-    while True:
-        try:
+    try:
+        while True:
             message, tensors, descriptors = connection.receive()
             answer, results, lent = worker.answer(message, tensors, descriptors)
             del tensors
             connection.send(answer, results, lent)
             del results
-        except Closed:
-            return
+    except Closed:
+        return
+    finally:
+        # Whatever has ended it: the caller hears of it, and waits no longer.
+        channel.close()
 
 
 class _Connection:
@@ -94,27 +97,43 @@ class _Connection:
         return message, tensors, descriptors
 
     def send(self, answer: Message, results: Sequence[torch.Tensor], lent: Sequence[int]) -> None:
-        """The answer to the last call, in its form if that goes. Raises Closed."""
+        """The answer to the last call, in its form if that goes; an error if in none. Raises Closed."""
         if not results:
             self._channel.send(answer, lent)
             return
+        try:
+            area, brought, reply = self._written(answer, results)
+        except Exception as error:
+            # A tensor without memory (sparse, meta), or no memory for it: the caller waits for an answer.
+            _show(error)
+            self._channel.send({"error": as_message(error)})
+            return
+        self._area = area
+        self._channel.send(reply, (area.descriptor, *lent) if brought else lent)
+        if brought:
+            area.close()
+
+    def _written(
+        self, answer: Message, results: Sequence[torch.Tensor]
+    ) -> tuple[Area, bool, Message | bytes]:
+        """The area in which the results now lie, whether it is a new one, and the message that says so."""
         area, size = self._area, bytes_for(results)
         if area is not None:
             results = [r.clone() if area.holds(r) else r for r in results]
         brought = area is None or size > area.size
         if area is None or brought:
-            area = self._area = Area.of_size(size)
-        reply: Message | bytes
-        first = results[0]
-        if self._briefly and can_be_told(first.dtype, first.shape):
-            shape = tuple(first.shape)
-            area.part(first.dtype, shape).copy_(first)
-            reply = written(first.dtype, shape, brings_area=brought)
-        else:
-            reply = {**answer, "area": brought, "tensors": area.write(results)}
-        self._channel.send(reply, (area.descriptor, *lent) if brought else lent)
-        if brought:
-            area.close()
+            area = Area.of_size(size)
+        try:
+            first = results[0]
+            if self._briefly and can_be_told(first.dtype, first.shape):
+                shape = tuple(first.shape)
+                area.part(first.dtype, shape).copy_(first)
+                return area, brought, written(first.dtype, shape, brings_area=brought)
+            return area, brought, {**answer, "area": brought, "tensors": area.write(results)}
+        except BaseException:
+            if brought:
+                area.close()
+            raise
 
     def _take_over(self, descriptors: list[int]) -> Area:
         if self._area is not None:
@@ -144,8 +163,7 @@ class Worker:
         except BaseException as error:
             # BaseException, because a model that calls sys.exit() would otherwise leave its caller waiting.
             if not isinstance(error, ComputeError | SplitlearnError):
-                traceback.print_exc()
-                sys.stderr.flush()
+                _show(error)
             return {"error": as_message(error)}, (), ()
 
     def _load(
@@ -238,6 +256,13 @@ class Worker:
     def _asked(self) -> ComputeFunction:
         assert self._function is not None, "asked before it was loaded"
         return self._function
+
+
+def _show(error: BaseException) -> None:
+    """Its traceback on stderr, if the model has left us one."""
+    with suppress(Exception):
+        traceback.print_exception(error)
+        sys.stderr.flush()
 
 
 def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
