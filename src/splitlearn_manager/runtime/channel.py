@@ -16,6 +16,7 @@ import socket
 import struct
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 Message = dict[str, Any]
@@ -59,6 +60,11 @@ class Channel:
         """A second call does nothing."""
         self._socket.close()
         self._drop_descriptors()
+
+    def hang_up(self) -> None:
+        """Nothing more is sent or received; a thread that waits for a message is told so."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def send(self, message: Message | bytes, descriptors: Sequence[int] = ()) -> None:
         """Bytes must not begin as a JSON object. Raises Closed."""

@@ -103,6 +103,10 @@ class Connection:
         self._area.close()
         return self._area
 
+    def hang_up(self) -> None:
+        """Let a call that is under way end: nothing answers it any more, whoever else has the other end."""
+        self._channel.hang_up()
+
     def close(self) -> None:
         """Nothing is called any more."""
         self._channel.close()

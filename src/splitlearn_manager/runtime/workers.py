@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 
 from splitlearn_manager.errors import WorkerDied
 from splitlearn_manager.logs import log_event
-from splitlearn_manager.runtime.channel import Channel, Closed, pair
+from splitlearn_manager.runtime.channel import Channel, Closed, Message, pair
 from splitlearn_manager.runtime.worker_connection import Connection
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Worker:
         self._control = control
         self._kill = kill
         self._lock = threading.Lock()
+        self._all: set[Connection] = set()
         self._free: list[Connection] = []
         self._ended = threading.Event()
         self._why = ""
@@ -62,25 +63,32 @@ class Worker:
         try:
             yield connection
         except BaseException:
-            connection.close()
+            self._drop(connection)
             raise
         with self._lock:
             if not self._closing:
                 self._free.append(connection)
                 return
+        self._drop(connection)
+
+    def _drop(self, connection: Connection) -> None:
+        with self._lock:
+            self._all.discard(connection)
         connection.close()
 
     def _connect(self) -> Connection:
         mine, other = pair()
+        connection = Connection(mine)
         try:
             with other, self._lock:
-                if self._closing:
+                if self._closing or self._ended.is_set():
                     raise Closed
                 self._control.send({"op": "connect"}, (other.fileno(),))
+                self._all.add(connection)
         except Closed:
             mine.close()
             raise
-        return Connection(mine)
+        return connection
 
     def why_ended(self, wait_s: float = _ENDS_WITHIN_S) -> str:
         """Why it has ended; empty if that is not so within `wait_s`."""
@@ -105,7 +113,7 @@ class Worker:
             self._closing, free = True, self._free
             self._free = []
         for connection in free:
-            connection.close()
+            self._drop(connection)
         self._kill(self.pid)
         if not self._ended.wait(_ENDS_WITHIN_S):
             log_event(log, logging.WARNING, "WorkerStays", "it does not end", pid=self.pid)
@@ -116,6 +124,9 @@ class Worker:
         with self._lock:
             self._why = how_it_ended(status)
             self._ended.set()
+            # A process that it has started may have inherited the other ends, and outlive it.
+            for connection in self._all:
+                connection.hang_up()
             tell = None if self._closing else self._tell
         if tell is not None:
             tell(self._why)
@@ -190,19 +201,23 @@ class _ForkServer:
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._workers: dict[int, Worker] = {}
-        self._forked: Callable[[int], None] | None = None
+        self._forked: Callable[[Message], None] | None = None
         self._answered = threading.Event()
         if self._channel.receive(_STARTS_WITHIN_S)[0] != {"op": "ready"}:
             raise Closed
         threading.Thread(target=self._hear, name="fork-server", daemon=True).start()
 
     def fork(self, control: Channel, descriptors: Sequence[int], imports: Sequence[str]) -> Worker:
-        """Raises Closed."""
+        """Raises Closed; or OSError, with the system's reason to refuse another process."""
         found: list[Worker] = []
+        refused: list[str] = []
 
-        def forked(pid: int) -> None:
+        def forked(answer: Message) -> None:
+            if answer["op"] == "refused":
+                refused.append(answer["why"])
+                return
             # By the thread that hears of its end: it cannot hear of that before.
-            worker = self._workers[pid] = Worker(pid, control, self._kill)
+            worker = self._workers[answer["pid"]] = Worker(answer["pid"], control, self._kill)
             found.append(worker)
 
         with self._lock:
@@ -211,6 +226,8 @@ class _ForkServer:
             with self._sending:
                 self._channel.send({"op": "fork", "import": list(imports)}, descriptors)
             self._answered.wait()
+        if refused:
+            raise OSError(refused[0])
         if not found:
             raise Closed
         return found[0]
@@ -223,8 +240,8 @@ class _ForkServer:
         try:
             while True:
                 message, _ = self._channel.receive()
-                if message["op"] == "forked" and self._forked is not None:
-                    self._forked(message["pid"])
+                if message["op"] in ("forked", "refused") and self._forked is not None:
+                    self._forked(message)
                     self._answered.set()
                 elif message["op"] == "ended":
                     self._workers.pop(message["pid"]).has_ended(message["status"])
@@ -247,11 +264,18 @@ def _spawn(control: Channel, descriptors: Sequence[int]) -> Worker:
         stderr=err,
         start_new_session=True,
     )
-    worker = Worker(process.pid, control, lambda _: process.kill())
+    worker = Worker(process.pid, control, lambda _: _end_group(process))
     threading.Thread(
         target=lambda: worker.has_ended(process.wait()), name=f"worker-{process.pid}", daemon=True
     ).start()
     return worker
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """It, and the processes that it has started."""
+    if process.poll() is None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Output:

@@ -18,6 +18,7 @@ import selectors
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 from splitlearn_manager.runtime.channel import Channel, Closed, Message
@@ -54,7 +55,7 @@ def main(descriptor: int) -> None:
             _reap(channel, children)
     except Closed:
         for pid in children:
-            os.kill(pid, signal.SIGKILL)
+            _kill(pid)
 
 
 def _obey(channel: Channel, children: set[int], ours: tuple[Any, ...]) -> None:
@@ -62,26 +63,54 @@ def _obey(channel: Channel, children: set[int], ours: tuple[Any, ...]) -> None:
     if message["op"] == "kill":
         # Only what has not been reaped: its id is nobody else's yet.
         if message["pid"] in children:
-            os.kill(message["pid"], signal.SIGKILL)
+            _kill(message["pid"])
         return
     _import_all(message.get("import", ()))
     parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        _become_worker(parent, descriptors, ours)
-    children.add(pid)
+    answer: Message
+    try:
+        pid = os.fork()
+    except OSError as error:
+        # No room for another process: that is no reason to end those that are there.
+        answer = {"op": "refused", "why": str(error)}
+    else:
+        if pid == 0:
+            _become_worker(parent, descriptors, ours)
+        _make_leader(pid)
+        children.add(pid)
+        answer = {"op": "forked", "pid": pid}
     for descriptor in descriptors:
         os.close(descriptor)
-    channel.send({"op": "forked", "pid": pid})
+    channel.send(answer)
+
+
+def _make_leader(pid: int) -> None:
+    """Give a worker a process group of its own; both sides do, so that it is so whoever comes first.
+
+    A signal that a model sends to its group reaches no other worker, and not the node; and what processes it
+    has started end with it.
+    """
+    with suppress(OSError):
+        os.setpgid(pid, pid)
+
+
+def _kill(pid: int) -> None:
+    """A worker that has not been reaped, and its group."""
+    os.kill(pid, signal.SIGKILL)
+    with suppress(OSError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _reap(channel: Channel, children: set[int]) -> None:
     for pid in tuple(children):
-        ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            children.discard(pid)
-            told: Message = {"op": "ended", "pid": pid, "status": os.waitstatus_to_exitcode(status)}
-            channel.send(told)
+        # Looked at first, because its id, which is its group's, is nobody else's until it is reaped.
+        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            continue
+        _kill(pid)
+        _, status = os.waitpid(pid, 0)
+        children.discard(pid)
+        told: Message = {"op": "ended", "pid": pid, "status": os.waitstatus_to_exitcode(status)}
+        channel.send(told)
 
 
 def _become_worker(parent: int, descriptors: list[int], ours: tuple[Any, ...]) -> NoReturn:
@@ -89,6 +118,7 @@ def _become_worker(parent: int, descriptors: list[int], ours: tuple[Any, ...]) -
     try:
         control, out, err = descriptors
         end_with_parent(parent)
+        _make_leader(os.getpid())
         server, woken, wakes, selector = ours
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)

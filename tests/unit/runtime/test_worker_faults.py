@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from splitlearn_comm.core.deadlines import working_for
 from splitlearn_comm.core.errors import ComputeFailed
+from splitlearn_manager.errors import LoadError, WorkerDied
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from support.models import model_config
+from support.waiting import eventually
 
 RUNTIME = ProcessRuntime()
 
 CODE = """
-import sys
+import os, sys, time
+from pathlib import Path
 from torch import nn
+
+BESIDE = Path(__file__).parent
 
 class Net(nn.Module):
     def __init__(self, wish):
@@ -37,6 +47,18 @@ class Net(nn.Module):
     def without_stderr(self, x):
         sys.stderr.close()
         raise ValueError("no such thing")
+
+    def has_a_child(self, x):
+        # One that leaves its group, one that does not; both have all that is open here.
+        for leaves in (False, True):
+            if (pid := os.fork()) == 0:
+                if leaves:
+                    os.setsid()
+                time.sleep(600)
+                os._exit(0)
+            (BESIDE / str(pid)).touch()
+        (BESIDE / "inside").touch()
+        time.sleep(600)
 
 def make(wish):
     return Net(wish)
@@ -108,3 +130,79 @@ def test_memory_that_is_refused_leaves_no_descriptor_open() -> None:
         with pytest.raises((OSError, OverflowError)):
             Area.of_size(size)
     assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_processes_that_a_model_has_started_keep_nobody_waiting_and_end_with_it(
+    code: Path, started: list[RunningInProcess]
+) -> None:
+    """Seen to fail: a child had the other end of the request's connection, and its caller waited for it."""
+    running = start(code, "has_a_child", started)
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            running.compute_function.compute(torch.ones(1, 2))
+        except ComputeFailed as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    eventually((code / "inside").exists, "the request is inside", 20)
+    stays, leaves = sorted(int(path.name) for path in code.iterdir() if path.name.isdecimal())
+    try:
+        os.kill(running._worker.pid, signal.SIGKILL)
+        asking.join(20)
+        assert [type(error) for error in failed] == [ComputeFailed]
+        with pytest.raises(ComputeFailed, match="SIGKILL"):
+            running.compute_function.compute(torch.zeros(1, 2))
+        eventually(lambda: has_ended(stays), "a process that the model has started ends", 20)
+    finally:
+        for pid in (stays, leaves):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def has_ended(pid: int) -> bool:
+    """Also if nobody has asked how."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_signal_of_a_model_to_its_group_reaches_nobody_else(
+    code: Path, started: list[RunningInProcess]
+) -> None:
+    """Seen to fail: os.kill(0, SIGKILL) in a model ended the node."""
+    pids = [start(code, "sparse", started)._worker.pid for _ in range(2)]
+    assert [os.getpgid(pid) for pid in pids] == pids
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_fork_that_the_system_refuses_fails_one_load(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: it ended the process that forks them, and all models with it."""
+    refuses = code / "refuses"
+    (code / "sitecustomize.py").write_text(
+        "import os\n\nfork = os.fork\n\n\ndef refused():\n"
+        f"    if os.path.exists({str(refuses)!r}):\n"
+        "        raise BlockingIOError(11, 'Resource temporarily unavailable')\n"
+        "    return fork()\n\n\nos.fork = refused\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]))
+    runtime = ProcessRuntime()
+    config = model_config("faulty_net:make", config={"kwargs": {"wish": "sparse"}}, warmup=False)
+    running = runtime.start(config.with_base_dir(code), "cpu")
+    told: list[LoadError] = []
+    running.when_ended(told.append)
+    refuses.touch()
+    with pytest.raises(WorkerDied, match=r"can be started: .*temporarily unavailable"):
+        runtime.start(config.with_base_dir(code), "cpu")
+    refuses.unlink()
+    runtime.start(config.with_base_dir(code), "cpu").close()
+    assert still_answers(running)
+    assert told == []
+    running.close()
