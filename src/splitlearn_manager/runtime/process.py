@@ -314,21 +314,26 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
             with self._worker.connection() as connection:
                 answer, results = ask(connection, self._patience_s(begun_s))
         except TimeoutError:
-            self._worker.kill()
+            self._worker.kill(
+                "a request was not answered for long after its deadline, and it was ended"
+            )
             raise DeadlinePassed(
                 f"model {self._model_id!r} has not answered for {monotonic() - begun_s:.1f} s, long past "
                 "the caller's deadline: its worker process has been ended",
                 "ForwardHangs",
             ) from None
         except Closed:
-            why = self._worker.why_ended() or "it has been unloaded"
+            if not self._worker.why_ended():
+                # It has not the means to go on (descriptors, say), and would answer nobody any more.
+                self._worker.kill("it has closed a connection without an answer, and was ended")
             raise ComputeFailed(
-                f"model {self._model_id!r}: its worker process died while it computed: {why}",
+                f"model {self._model_id!r}: its worker process died while it computed: "
+                f"{self._worker.why_ended() or 'it does not end'}",
                 "WorkerDied",
             ) from None
         except ValueError as garbled:
             # What such a process says next would be taken for the answer to something else.
-            self._worker.kill()
+            self._worker.kill("it has sent what is no answer, and was ended")
             raise ComputeFailed(
                 f"model {self._model_id!r}: its worker process has sent what is no answer, and has been "
                 f"ended: {garbled}",

@@ -50,6 +50,7 @@ class Worker:
         self._free: list[Connection] = []
         self._ended = threading.Event()
         self._why = ""
+        self._killed_for = ""
         self._tell: Callable[[str], None] | None = None
         self._closing = False
 
@@ -90,9 +91,9 @@ class Worker:
             raise
         return connection
 
-    def why_ended(self, wait_s: float = _ENDS_WITHIN_S) -> str:
-        """Why it has ended; empty if that is not so within `wait_s`."""
-        self._ended.wait(wait_s)
+    def why_ended(self) -> str:
+        """Why it has ended; empty if that is not so for long after it began to look like it."""
+        self._ended.wait(_ENDS_WITHIN_S)
         return self._why
 
     def when_ended(self, tell: Callable[[str], None]) -> None:
@@ -103,8 +104,10 @@ class Worker:
         if ended:
             tell(self._why)
 
-    def kill(self) -> None:
-        """End it at once, and let it be told as any end."""
+    def kill(self, why: str) -> None:
+        """End it at once, and let it be told as any end: why it had to be, in a few words."""
+        with self._lock:
+            self._killed_for = self._killed_for or why
         self._kill(self.pid)
 
     def close(self) -> None:
@@ -112,6 +115,7 @@ class Worker:
         with self._lock:
             self._closing, free = True, self._free
             self._free = []
+            self._killed_for = self._killed_for or "it has been unloaded"
         for connection in free:
             self._drop(connection)
         self._kill(self.pid)
@@ -119,10 +123,16 @@ class Worker:
             log_event(log, logging.WARNING, "WorkerStays", "it does not end", pid=self.pid)
         self._control.close()
 
-    def has_ended(self, status: int) -> None:
-        """Its process is gone, with that exit code; negative: the number of a signal."""
+    def has_ended(self, status: int, why: str = "") -> None:
+        """Its process is gone, with that exit code; negative: the number of a signal.
+
+        Args:
+            why: what is known of it beside that.
+        """
         with self._lock:
-            self._why = how_it_ended(status)
+            # The system's kill looks like one of ours: only who has sent it knows.
+            ours = self._killed_for if status == -signal.SIGKILL else ""
+            self._why = why or ours or how_it_ended(status)
             self._ended.set()
             # A process that it has started may have inherited the other ends, and outlive it.
             for connection in self._all:
@@ -250,8 +260,9 @@ class _ForkServer:
             self._answered.set()
             self._channel.close()
             self._process.wait()
+            why = f"the process that forks workers has ended: {how_it_ended(self._process.returncode)}"
             for pid in list(self._workers):
-                self._workers.pop(pid).has_ended(-signal.SIGKILL)
+                self._workers.pop(pid).has_ended(-signal.SIGKILL, why)
 
 
 def _spawn(control: Channel, descriptors: Sequence[int]) -> Worker:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from splitlearn_comm.core.deadlines import working_for
-from splitlearn_comm.core.errors import ComputeFailed
+from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
 from splitlearn_manager.errors import LoadError, WorkerDied
+from splitlearn_manager.runtime import workers
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from support.models import model_config
@@ -59,6 +60,18 @@ class Net(nn.Module):
             (BESIDE / str(pid)).touch()
         (BESIDE / "inside").touch()
         time.sleep(600)
+
+    def hangs(self, x):
+        (BESIDE / "inside").touch()
+        time.sleep(600)
+
+    def opens_all(self, x):
+        self.opened = []
+        try:
+            while True:
+                self.opened.append(open(os.devnull))
+        except OSError:
+            return x
 
 def make(wish):
     return Net(wish)
@@ -122,6 +135,56 @@ def test_what_cannot_be_told_is_an_error_and_leaves_nobody_waiting(
     assert still_answers(running)
 
 
+def in_the_background(running: RunningInProcess, failed: list[BaseException]) -> threading.Thread:
+    """A thread that asks the model for its wish, without a deadline."""
+
+    def ask() -> None:
+        try:
+            running.compute_function.compute(torch.ones(1, 2))
+        except ComputeFailed as error:
+            failed.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    return asking
+
+
+def test_who_has_ended_a_worker_is_told(code: Path, started: list[RunningInProcess]) -> None:
+    """Seen to fail: whatever the node ended was told to have been ended as memory was short."""
+    told: list[LoadError] = []
+    failed: list[BaseException] = []
+    running = start(code, "hangs", started)
+    asking = in_the_background(running, failed)
+    eventually((code / "inside").exists, "the request is inside", 20)
+    running.close()
+    asking.join(20)
+    assert "it has been unloaded" in str(failed[0])
+
+    running = start(code, "hangs", started)
+    running.when_ended(told.append)
+    with working_for(0.1), pytest.raises(DeadlinePassed):
+        running.compute_function.compute(torch.ones(1, 2))
+    eventually(lambda: told, "its end is told", 20)
+    assert "a request was not answered for long after its deadline" in told[0].message
+    assert "memory" not in told[0].message
+
+
+def test_a_worker_that_cannot_go_on_is_ended(
+    code: Path, started: list[RunningInProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: each request waited in vain and was told that the model was unloaded; it stayed Ready."""
+    monkeypatch.setattr(workers, "_ENDS_WITHIN_S", 0.2)
+    running = start(code, "opens_all", started)
+    told: list[LoadError] = []
+    running.when_ended(told.append)
+    fulfil(running)
+    large = torch.zeros(1000, 1000)
+    with pytest.raises(ComputeFailed, match="it has closed a connection without an answer"):
+        running.compute_function.compute(large)
+    eventually(lambda: told, "its end is told", 20)
+    assert "it has closed a connection" in told[0].message
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what is open")
 def test_memory_that_is_refused_leaves_no_descriptor_open() -> None:
     """Seen to fail: each refused request left one more, until the node had none."""
@@ -139,15 +202,7 @@ def test_processes_that_a_model_has_started_keep_nobody_waiting_and_end_with_it(
     """Seen to fail: a child had the other end of the request's connection, and its caller waited for it."""
     running = start(code, "has_a_child", started)
     failed: list[BaseException] = []
-
-    def ask() -> None:
-        try:
-            running.compute_function.compute(torch.ones(1, 2))
-        except ComputeFailed as error:
-            failed.append(error)
-
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
+    asking = in_the_background(running, failed)
     eventually((code / "inside").exists, "the request is inside", 20)
     stays, leaves = sorted(int(path.name) for path in code.iterdir() if path.name.isdecimal())
     try:
