@@ -4,7 +4,8 @@ An area has no name that could outlive the processes: it is gone with the last d
 is sealed against shrinking, so that neither side can take memory away under the other (SIGBUS).
 
     call      the caller writes its tensors into the area and says where they lie
-    answer    whoever answers writes over them, in the same area or, where it is too small, in a new one
+    answer    whoever answers writes over them, in the same area; in a new one where that is too small, or
+              the model has kept a tensor of the call
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import fcntl
 import math
 import mmap
 import os
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -103,6 +105,11 @@ class Area:
         """Whether a tensor's memory is this area's."""
         begin = tensor.untyped_storage().data_ptr()
         return self.address <= begin < self.address + self.size
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there are tensors of this memory: each keeps a reference to it, besides these two."""
+        return sys.getrefcount(self._memory) > 2
 
     def write(self, tensors: Sequence[torch.Tensor]) -> list[Place]:
         """Copy tensors from the beginning on; none of them is the area's, and they fit."""

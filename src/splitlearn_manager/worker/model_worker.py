@@ -66,6 +66,7 @@ def _serve(channel: Channel, worker: Worker) -> None:
             message, tensors, descriptors = connection.receive()
             answer, results, lent = worker.answer(message, tensors, descriptors)
             del tensors
+            results = [*results]
             connection.send(answer, results, lent)
             del results
     except Closed:
@@ -84,7 +85,7 @@ class _Connection:
         self._briefly = False
 
     def receive(self) -> tuple[Message, list[torch.Tensor], list[int]]:
-        """The next call: its tensors lie in the area, until the answer is sent. Raises Closed."""
+        """The next call: its tensors lie in the area, which is theirs while any is kept. Raises Closed."""
         message, descriptors = self._channel.receive_any()
         if isinstance(message, bytes):
             self._briefly, told = True, read(message)
@@ -96,9 +97,15 @@ class _Connection:
         tensors = [area.tensor(place) for place in message["tensors"]] if area is not None else []
         return message, tensors, descriptors
 
-    def send(self, answer: Message, results: Sequence[torch.Tensor], lent: Sequence[int]) -> None:
-        """The answer to the last call, in its form if that goes; an error if in none. Raises Closed."""
-        if not results:
+    def send(self, answer: Message, results: list[torch.Tensor], lent: Sequence[int]) -> None:
+        """The answer to the last call, in its form if that goes; an error if in none. Raises Closed.
+
+        What of the call's tensors the model has kept stays as it is: then the next call finds another area.
+
+        Args:
+            results: nobody else has this list; those that lie in the area are replaced by copies.
+        """
+        if not results and not self._is_kept:
             self._channel.send(answer, lent)
             return
         try:
@@ -114,19 +121,18 @@ class _Connection:
             area.close()
 
     def _written(
-        self, answer: Message, results: Sequence[torch.Tensor]
+        self, answer: Message, results: list[torch.Tensor]
     ) -> tuple[Area, bool, Message | bytes]:
         """The area in which the results now lie, whether it is a new one, and the message that says so."""
         area, size = self._area, bytes_for(results)
         if area is not None:
-            results = [r.clone() if area.holds(r) else r for r in results]
-        brought = area is None or size > area.size
+            results[:] = [r.clone() if area.holds(r) else r for r in results]
+        brought = area is None or size > area.size or self._is_kept
         if area is None or brought:
             area = Area.of_size(size)
         try:
-            first = results[0]
-            if self._briefly and can_be_told(first.dtype, first.shape):
-                shape = tuple(first.shape)
+            if self._briefly and results and can_be_told(results[0].dtype, results[0].shape):
+                first, shape = results[0], tuple(results[0].shape)
                 area.part(first.dtype, shape).copy_(first)
                 return area, brought, written(first.dtype, shape, brings_area=brought)
             return area, brought, {**answer, "area": brought, "tensors": area.write(results)}
@@ -134,6 +140,10 @@ class _Connection:
             if brought:
                 area.close()
             raise
+
+    @property
+    def _is_kept(self) -> bool:
+        return self._area is not None and self._area.is_used
 
     def _take_over(self, descriptors: list[int]) -> Area:
         if self._area is not None:

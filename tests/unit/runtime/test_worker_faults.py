@@ -16,8 +16,10 @@ import torch
 
 from splitlearn_comm.core.deadlines import working_for
 from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
+from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.errors import LoadError, WorkerDied
 from splitlearn_manager.runtime import workers
+from splitlearn_manager.runtime.base import ComputesRows
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from support.models import model_config
@@ -72,6 +74,13 @@ class Net(nn.Module):
                 self.opened.append(open(os.devnull))
         except OSError:
             return x
+
+    def previous(self, x):
+        # What it was asked before, and first of all an error.
+        before, self.before = getattr(self, "before", None), x
+        if before is None:
+            raise ValueError("nothing came before")
+        return before
 
 def make(wish):
     return Net(wish)
@@ -133,6 +142,23 @@ def test_what_cannot_be_told_is_an_error_and_leaves_nobody_waiting(
         fulfil(running)
     assert caught.value.reason == "ModelRaised"
     assert still_answers(running)
+
+
+def test_what_a_model_keeps_of_its_inputs_stays_as_it_was(
+    code: Path, started: list[RunningInProcess]
+) -> None:
+    """Seen to fail: the next request was written over it, and the model answered with that."""
+    running = start(code, "previous", started)
+    with pytest.raises(ComputeFailed, match="nothing came before"):
+        running.compute_function.compute(torch.full((1, 2), 1.0))
+    function = running.compute_function
+    assert isinstance(function, ComputesRows)
+    for number in (2.0, 3.0):
+        answer = function.compute(torch.full((1, 2), number))
+        assert torch.equal(answer, torch.full((1, 2), number - 1))  # type: ignore[arg-type]
+    for number in (4.0, 5.0):
+        row = Packed(torch.full((1, 2), number).numpy().tobytes(), (1, 2), torch.float32)
+        assert torch.equal(function.compute_rows([row]).tensor(), torch.full((1, 2), number - 1))
 
 
 def in_the_background(running: RunningInProcess, failed: list[BaseException]) -> threading.Thread:
