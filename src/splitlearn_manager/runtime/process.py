@@ -219,6 +219,7 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
         self._worker = worker
         self._model_id = model_id
         self._longest_s = 0.0
+        self._waits_until_s: dict[object, float] = {}
         self.trained = False
         self.takes_turns = False
 
@@ -309,11 +310,17 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
     def _called(
         self, ask: Callable[[Connection, float | None], tuple[Message, T]]
     ) -> tuple[Message, T]:
-        begun_s = monotonic()
+        begun_s, call = monotonic(), object()
+        patience_s = self._patience_s(begun_s)
+        self._waits_until_s[call] = 0.0 if patience_s is None else begun_s + patience_s
         try:
             with self._worker.connection() as connection:
-                answer, results = ask(connection, self._patience_s(begun_s))
+                answer, results = ask(connection, patience_s)
         except TimeoutError:
+            if self._waits_for_its_turn(call):
+                raise DeadlinePassed(
+                    f"model {self._model_id!r} was busy with another request until long past the deadline"
+                ) from None
             self._worker.kill(
                 "a request was not answered for long after its deadline, and it was ended"
             )
@@ -339,10 +346,23 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
                 f"ended: {garbled}",
                 "WorkerDied",
             ) from None
+        finally:
+            del self._waits_until_s[call]
         if (error := answer.get("error")) is not None:
             raise raised_in(self._model_id, error, loading=False)
         self._longest_s = max(self._longest_s, monotonic() - begun_s)
         return answer, results
+
+    def _waits_for_its_turn(self, call: object) -> bool:
+        """Whether one that was there before runs within its own deadline: then it is not this one that hangs.
+
+        A call without a deadline is no reason to wait: it would be one for ever.
+        """
+        if not self.takes_turns:
+            return False
+        calls = list(self._waits_until_s.items())
+        before = itertools.takewhile(lambda one: one[0] is not call, calls)
+        return any(until_s > monotonic() for _, until_s in before)
 
     def _patience_s(self, now_s: float) -> float | None:
         until_s = deadline_s()

@@ -19,7 +19,7 @@ from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
 from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.errors import LoadError, WorkerDied
 from splitlearn_manager.runtime import workers
-from splitlearn_manager.runtime.base import ComputesRows
+from splitlearn_manager.runtime.base import ComputesRows, Joining
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from support.models import model_config
@@ -81,6 +81,12 @@ class Net(nn.Module):
         if before is None:
             raise ValueError("nothing came before")
         return before
+
+    def waits_for_a_file(self, x):
+        (BESIDE / "inside").touch()
+        while not (BESIDE / "go").exists():
+            time.sleep(0.01)
+        return x
 
 def make(wish):
     return Net(wish)
@@ -161,12 +167,15 @@ def test_what_a_model_keeps_of_its_inputs_stays_as_it_was(
         assert torch.equal(function.compute_rows([row]).tensor(), torch.full((1, 2), number - 1))
 
 
-def in_the_background(running: RunningInProcess, failed: list[BaseException]) -> threading.Thread:
-    """A thread that asks the model for its wish, without a deadline."""
+def in_the_background(
+    running: RunningInProcess, failed: list[BaseException], for_s: float | None = None
+) -> threading.Thread:
+    """A thread that asks the model for its wish, without a deadline unless one is given."""
 
     def ask() -> None:
         try:
-            running.compute_function.compute(torch.ones(1, 2))
+            with working_for(for_s):
+                running.compute_function.compute(torch.ones(1, 2))
         except ComputeFailed as error:
             failed.append(error)
 
@@ -193,6 +202,23 @@ def test_who_has_ended_a_worker_is_told(code: Path, started: list[RunningInProce
     eventually(lambda: told, "its end is told", 20)
     assert "a request was not answered for long after its deadline" in told[0].message
     assert "memory" not in told[0].message
+
+
+def test_a_request_that_waits_for_its_turn_does_not_end_the_one_that_runs(
+    code: Path, started: list[RunningInProcess]
+) -> None:
+    """Seen to fail: what had the shorter deadline ended the worker, with the forward that was in time."""
+    running = start(code, "waits_for_a_file", started)
+    running.join(Joining(True, "for the test"))
+    failed: list[BaseException] = []
+    asking = in_the_background(running, failed, for_s=300.0)
+    eventually((code / "inside").exists, "the first is inside", 20)
+    with working_for(0.1), pytest.raises(DeadlinePassed, match="busy with another request"):
+        running.compute_function.compute(torch.zeros(1, 2))
+    (code / "go").touch()
+    asking.join(20)
+    assert failed == []
+    assert still_answers(running)
 
 
 def test_a_worker_that_cannot_go_on_is_ended(
