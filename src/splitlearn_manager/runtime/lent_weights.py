@@ -55,12 +55,15 @@ class LentWeights:
     @contextmanager
     def offer(self) -> Iterator[tuple[list[Any], list[int]]]:
         """(lenders, descriptors) for one load. Nothing of it is given back before the block ends."""
+        descriptors: list[int] = []
         with self._lock:
             self._offers += 1
-            chosen = list(self._files.items())[-_MOST_LENDERS:]
-            lenders = [[worker, [*file.entries.values()]] for worker, file in chosen]
-            descriptors = [os.dup(file.descriptor) for _, file in chosen]
         try:
+            with self._lock:
+                chosen = list(self._files.items())[-_MOST_LENDERS:]
+                lenders = [[worker, [*file.entries.values()]] for worker, file in chosen]
+                for _, file in chosen:
+                    descriptors.append(os.dup(file.descriptor))
             yield lenders, descriptors
         finally:
             for descriptor in descriptors:

@@ -168,21 +168,26 @@ class WorkerStarter:
 
     def start(self, model_id: str, imports: Sequence[str] = ()) -> Worker:
         """A new worker, without a model. Raises WorkerDied if none can be started."""
-        control, other = pair()
-        with other, _Output(model_id) as output:
-            descriptors = (other.fileno(), *output.descriptors)
+        try:
+            control, other = pair()
             try:
-                if self.forks:
-                    worker = self._running_server().fork(control, descriptors, imports)
-                else:
-                    worker = _spawn(control, descriptors)
-            except (Closed, OSError) as error:
+                with other, _Output(model_id) as output:
+                    return self._start(control, (other.fileno(), *output.descriptors), imports)
+            except BaseException:
                 control.close()
-                why = str(error) or "the process that forks them has ended"
-                raise WorkerDied(
-                    f"model {model_id!r}: no worker process can be started: {why}"
-                ) from error
-        return worker
+                raise
+        except (Closed, OSError) as error:
+            why = str(error) or "the process that forks them has ended"
+            raise WorkerDied(
+                f"model {model_id!r}: no worker process can be started: {why}"
+            ) from error
+
+    def _start(
+        self, control: Channel, descriptors: Sequence[int], imports: Sequence[str]
+    ) -> Worker:
+        if self.forks:
+            return self._running_server().fork(control, descriptors, imports)
+        return _spawn(control, descriptors)
 
     def _running_server(self) -> _ForkServer:
         with self._lock:
@@ -296,12 +301,21 @@ class _Output:
     """
 
     def __init__(self, model_id: str) -> None:
-        pipes = [os.pipe(), os.pipe()]
-        self.descriptors = tuple(write for _, write in pipes)
-        read = {end: name for (end, _), name in zip(pipes, ("stdout", "stderr"), strict=True)}
-        threading.Thread(
-            target=_log_lines, args=(model_id, read), name=f"output-{model_id}", daemon=True
-        ).start()
+        writes: list[int] = []
+        reads: dict[int, str] = {}
+        try:
+            for name in ("stdout", "stderr"):
+                read, write = os.pipe()
+                reads[read] = name
+                writes.append(write)
+            threading.Thread(
+                target=_log_lines, args=(model_id, reads), name=f"output-{model_id}", daemon=True
+            ).start()
+        except BaseException:
+            for descriptor in (*reads, *writes):
+                os.close(descriptor)
+            raise
+        self.descriptors = tuple(writes)
 
     def __enter__(self) -> _Output:
         return self
@@ -314,7 +328,8 @@ class _Output:
 def _log_lines(model_id: str, streams: dict[int, str]) -> None:
     """Until the worker has closed both."""
     begun = dict.fromkeys(streams, b"")
-    with selectors.DefaultSelector() as selector:
+    # It takes no descriptor of its own: there may be none left, and a pipe that nobody reads stops the model.
+    with selectors.PollSelector() as selector:
         for end in streams:
             selector.register(end, selectors.EVENT_READ)
         while selector.get_map():

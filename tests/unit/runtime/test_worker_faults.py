@@ -313,3 +313,46 @@ def test_a_fork_that_the_system_refuses_fails_one_load(
     assert still_answers(running)
     assert told == []
     running.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what is open")
+def test_a_start_for_which_there_are_no_descriptors_leaves_none_open(
+    code: Path, started: list[RunningInProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: one pipe stayed open each time that there was none for the other."""
+    running = start(code, "sparse", started)
+    before = len([*Path("/proc/self/fd").iterdir()])
+    pipe, made = os.pipe, list[int]()
+
+    def refused() -> tuple[int, int]:
+        made.append(len(made))
+        if len(made) % 2 == 0:
+            raise OSError(24, "Too many open files")
+        return pipe()
+
+    monkeypatch.setattr(os, "pipe", refused)
+    for _ in range(3):
+        with pytest.raises(WorkerDied, match=r"can be started: .*Too many open files"):
+            start(code, "sparse", started)
+    monkeypatch.undo()
+    assert len(made) == 6
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
+    assert still_answers(running)
+
+
+def test_an_offer_for_which_there_are_no_descriptors_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: no weights that anybody had lent were given back any more."""
+    runtime = ProcessRuntime()
+    torch.save(torch.nn.Linear(2048, 2048), tmp_path / "m.pt")
+    first = runtime.start(model_config(tmp_path / "m.pt"), "cpu")
+
+    def refused(_: int) -> int:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="Too many open files"):
+        patched.setattr(os, "dup", refused)
+        runtime.start(model_config(tmp_path / "m.pt"), "cpu")
+    first.close()
+    assert runtime._lent._files == {}
