@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from splitlearn_comm.core.deadlines import working_for
+from splitlearn_comm.core.errors import DeadlinePassed
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.measurement import Measurement, of_version, with_newest
 from splitlearn_manager.core.model_files import ModelFiles
-from splitlearn_manager.errors import LoadError, OverMemoryLimit, WeightsChanged
+from splitlearn_manager.errors import LoadError, LoadTimeout, OverMemoryLimit, WeightsChanged
 from splitlearn_manager.runtime.base import largest_trial
 from splitlearn_manager.runtime.verified import NOTHING_KNOWN, Verified
 
@@ -107,11 +109,16 @@ class ModelReader:
             self._answers[model_id] = (version, read.answers)
 
     def read(self, spec: ModelSpec, device: str) -> Read:
-        """Loads, warms and verifies the model.
+        """Loads, warms and verifies the model, for as long as its load may take.
 
         A copy that is still being written, or replaced in the middle, would give a mixed model: then
         nothing is kept, and WeightsChanged is raised. Raises OverMemoryLimit, or any LoadError.
         """
+        # What runs in a process of its own can be ended, whichever forward of the load it hangs in.
+        with working_for(spec.config.load_timeout_s):
+            return self._read(spec, device)
+
+    def _read(self, spec: ModelSpec, device: str) -> Read:
         before = self._files.fingerprint(spec.config)
         if spec.weights and spec.weights != before:
             raise WeightsChanged(f"model {spec.model_id!r}: its files are still changing")
@@ -124,6 +131,9 @@ class ModelReader:
             if problem := over_own_limit(read.config, measured.weights_mb):
                 raise OverMemoryLimit(problem)
             verified = self._verify(read, running)
+        except DeadlinePassed as passed:
+            running.close()
+            raise LoadTimeout(passed.message) from passed
         except BaseException:
             running.close()
             raise

@@ -17,11 +17,14 @@ import torch
 from splitlearn_comm.core.deadlines import working_for
 from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
 from splitlearn_comm.core.packed import Packed
-from splitlearn_manager.errors import LoadError, WorkerDied
+from splitlearn_manager.core.lifecycle import ModelSpec
+from splitlearn_manager.core.model_reader import ModelReader
+from splitlearn_manager.errors import LoadError, LoadTimeout, WorkerDied
 from splitlearn_manager.runtime import workers
 from splitlearn_manager.runtime.base import ComputesRows, Joining
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
+from support.fakes import FakeFiles
 from support.models import model_config
 from support.waiting import eventually
 
@@ -313,6 +316,29 @@ def test_a_fork_that_the_system_refuses_fails_one_load(
     assert still_answers(running)
     assert told == []
     running.close()
+
+
+def test_a_load_that_hangs_after_warm_up_is_ended(code: Path) -> None:
+    """Seen to fail: the forward that hung, of those after warm-up, was waited for without a limit."""
+    config = model_config(
+        "faulty_net:make",
+        load_timeout_s=1.0,
+        config={"kwargs": {"wish": "hangs"}, "input_shape": [1, 2]},
+    ).with_base_dir(code)
+    runtime, files = ProcessRuntime(), FakeFiles()
+    ended: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            ModelReader(runtime, files).read(ModelSpec.of(config, weights="w0"), "cpu")  # type: ignore[arg-type]
+        except LoadTimeout as error:
+            ended.append(error)
+
+    loading = threading.Thread(target=load, daemon=True)
+    loading.start()
+    eventually((code / "inside").exists, "a forward of the load hangs", 60)
+    loading.join(30)
+    assert "has not answered" in str(ended[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what is open")
