@@ -212,7 +212,7 @@ class _ForkServer:
                 pass_fds=(other.fileno(),),
                 stdin=subprocess.DEVNULL,
             )
-        self.ended = False
+        self.ended = False  # or is asked nothing any more
         self._lock = threading.Lock()
         self._sending = threading.Lock()
         self._workers: dict[int, Worker] = {}
@@ -236,11 +236,16 @@ class _ForkServer:
             found.append(worker)
 
         with self._lock:
+            if self.ended:
+                raise Closed
             self._answered.clear()
             self._forked = forked
             with self._sending:
                 self._channel.send({"op": "fork", "import": list(imports)}, descriptors)
-            self._answered.wait()
+            if not self._answered.wait(_STARTS_WITHIN_S):
+                # Stopped, or hung in an import: what it has forked serves on, the next one is another's.
+                self.ended = True
+                raise OSError("the process that forks them does not answer")
         if refused:
             raise OSError(refused[0])
         if not found:

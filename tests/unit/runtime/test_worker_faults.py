@@ -382,3 +382,38 @@ def test_an_offer_for_which_there_are_no_descriptors_is_over(
         runtime.start(model_config(tmp_path / "m.pt"), "cpu")
     first.close()
     assert runtime._lent._files == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_where_the_process_that_forks_does_not_answer_another_one_does(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: that load, and each one after it, waited for it for ever."""
+    runtime = ProcessRuntime()
+    config = model_config("faulty_net:make", config={"kwargs": {"wish": "sparse"}}, warmup=False)
+    config = config.with_base_dir(code)
+    first = runtime.start(config, "cpu")
+    failed: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            runtime.start(config, "cpu")
+        except WorkerDied as error:
+            failed.append(error)
+
+    forks = psutil.Process(first._worker.pid).ppid()
+    os.kill(forks, signal.SIGSTOP)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(workers, "_STARTS_WITHIN_S", 0.2)
+            loading = threading.Thread(target=load, daemon=True)
+            loading.start()
+            loading.join(20)
+        assert "does not answer" in str(failed[0])
+        second = runtime.start(config, "cpu")
+        assert psutil.Process(second._worker.pid).ppid() != forks
+        assert still_answers(first)
+        second.close()
+    finally:
+        os.kill(forks, signal.SIGCONT)
+    first.close()
