@@ -330,12 +330,12 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
                 "ForwardHangs",
             ) from None
         except Closed:
-            if not self._worker.why_ended():
+            if not (why := self._worker.why_ended()):
                 # It has not the means to go on (descriptors, say), and would answer nobody any more.
-                self._worker.kill("it has closed a connection without an answer, and was ended")
+                why = "it has closed a connection without an answer, and was ended"
+                self._worker.kill(why)
             raise ComputeFailed(
-                f"model {self._model_id!r}: its worker process died while it computed: "
-                f"{self._worker.why_ended() or 'it does not end'}",
+                f"model {self._model_id!r}: its worker process died while it computed: {why}",
                 "WorkerDied",
             ) from None
         except ValueError as garbled:
