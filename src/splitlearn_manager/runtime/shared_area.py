@@ -144,6 +144,16 @@ def anonymous_file(size: int) -> int:
         return os.dup(file.fileno())
 
 
+def can_shrink(descriptor: int) -> bool:
+    """Whether a file that another process has made may become shorter: reading it would then be fatal."""
+    if not hasattr(os, "memfd_create"):
+        return False
+    try:
+        return not fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK
+    except OSError:
+        return True
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """What a dtype is called in a message: an attribute of torch."""
     return str(dtype).removeprefix("torch.")

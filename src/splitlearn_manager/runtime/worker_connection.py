@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.runtime.channel import Channel, Message
 from splitlearn_manager.runtime.forward_message import read, written
-from splitlearn_manager.runtime.shared_area import Area, bytes_for
+from splitlearn_manager.runtime.shared_area import Area, bytes_for, can_shrink
 
 
 class Connection:
@@ -99,6 +100,9 @@ class Connection:
     def _take_over(self, descriptors: list[int]) -> Area:
         if not descriptors:
             raise ValueError("a message without the area that it speaks of")
+        if can_shrink(descriptors[0]):
+            os.close(descriptors.pop(0))
+            raise ValueError("an area that could be taken away while it is read")
         self._area = Area(descriptors.pop(0))
         self._area.close()
         return self._area

@@ -22,8 +22,10 @@ from splitlearn_manager.core.model_reader import ModelReader
 from splitlearn_manager.errors import LoadError, LoadTimeout, WorkerDied
 from splitlearn_manager.runtime import workers
 from splitlearn_manager.runtime.base import ComputesRows, Joining
+from splitlearn_manager.runtime.channel import Channel, pair
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
+from splitlearn_manager.runtime.worker_connection import Connection
 from support.fakes import FakeFiles
 from support.models import model_config
 from support.waiting import eventually
@@ -417,3 +419,22 @@ def test_where_the_process_that_forks_does_not_answer_another_one_does(
     finally:
         os.kill(forks, signal.SIGCONT)
     first.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals files")
+def test_memory_that_a_worker_could_take_away_is_not_read(tmp_path: Path) -> None:
+    """Seen to fail: a model that made an area of its own and cut it off ended the node by SIGBUS."""
+    unsealed = os.memfd_create("unsealed")
+    os.truncate(unsealed, 2**20)
+    with (tmp_path / "file").open("wb+") as file:
+        file.truncate(2**20)
+        for descriptor in (unsealed, file.fileno()):
+            ours, other = pair()
+            connection, theirs = Connection(ours), Channel(other)
+            place = ["float32", [4], 0]
+            theirs.send({"area": True, "tensors": [place]}, (descriptor,))
+            with pytest.raises(ValueError, match="taken away"):
+                connection.answer(10)
+            connection.close()
+            theirs.close()
+    os.close(unsealed)
