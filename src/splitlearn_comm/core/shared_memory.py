@@ -5,7 +5,7 @@
 
 The file belongs to the client, which makes it in `/dev/shm`, uses it for one request at a time, and removes
 it. The request stays in it until it is answered, so that it can be made again. A client that was killed
-removes nothing: each holds a lock on its files, and what nobody holds is removed by the next client.
+removes nothing: each holds a lock on its files, and what nobody holds is removed by a later client.
 The server copies from it and to it and maps nothing: a mapped file that its owner makes shorter kills whoever
 reads it. Only files of the server's own user, with a name of this form, are touched, and only for calls that
 came by a Unix socket.
@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,8 @@ KEY = "shared_memory"
 DIRECTORY = Path("/dev/shm")
 _VALUE = re.compile(r"(splitlearn-[0-9a-f]{32}):([0-9]{1,15})")
 _NAMES = f"splitlearn-{'[0-9a-f]' * 32}"
+_LEFT_S = 600.0
+"""A file that nobody holds, and that was not written to for so long, is taken for left."""
 
 
 def available() -> bool:
@@ -72,9 +75,14 @@ def write(value: str, data: bytes | memoryview) -> int:
 
 
 def remove_left() -> None:
-    """Remove the files of this user's clients that are no more."""
+    """Remove the files of this user's clients that are no more.
+
+    Not at once: a client that somebody else has written may know nothing of locks.
+    """
     for path in DIRECTORY.glob(_NAMES):
         with contextlib.suppress(OSError, InvalidRequest), _opened(path.name) as file:
+            if time.time() - os.fstat(file).st_mtime < _LEFT_S:
+                continue
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 

@@ -264,7 +264,7 @@ sys.stdin.read()
 """
 
 
-def test_what_a_killed_client_left_is_removed_by_the_next_one_and_nothing_else(
+def test_what_a_killed_client_left_is_removed_by_a_later_one_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(tmp_path / "node.sock")
@@ -284,6 +284,11 @@ def test_what_a_killed_client_left_is_removed_by_the_next_one_and_nothing_else(
             assert len(files() - before) == 3
             killed.kill()
             killed.wait(20)
+            with GRPCComputeClient(place.at_socket, shared_memory=True) as early:
+                early.compute(torch.ones(300, 300), "m")
+                assert len(files() - before) == 4
+            for path in files() - before - {foreign}:
+                os.utime(path, (0, 0))
             with GRPCComputeClient(place.at_socket, shared_memory=True) as client:
                 client.compute(torch.ones(300, 300), "m")
                 assert len(files() - before) == 3

@@ -83,7 +83,7 @@ def test_an_answer_that_is_none_ends_the_worker(answer: bytes) -> None:
         def connection(self) -> AbstractContextManager[Connection]:
             return nullcontext(Connection(ours))
 
-        def kill(self) -> None:
+        def kill(self, why: str) -> None:
             killed.append(True)
 
     theirs = Channel(other)
