@@ -5,6 +5,8 @@ echo                                    a gRPC server of two threads that sends 
 client ADDRESS CLIENTS SECONDS [SHAPE]  callers in closed loops, one request encoded beforehand; prints how
                                         many answers there were, and the median and 99th percentile in ms
 stream ADDRESS CLIENTS SECONDS          the same over one ComputeStream for each caller; prints the answers
+texts ADDRESS CLIENTS SECONDS MODEL     callers in closed loops that ask for token ids of 5 to 60 tokens;
+                                        prints what `client` does
 wake                                    sends back each byte that it gets
 
 The callers are sockets that do no more than they must: gRPC's client for Python takes as long for a request
@@ -13,6 +15,7 @@ as a server does, on the same processors.
 
 from __future__ import annotations
 
+import itertools
 import os
 import selectors
 import sys
@@ -35,6 +38,7 @@ SHAPE = (1, 10, 768)
 LARGE = [(f"grpc.max_{way}_message_length", 2**27) for way in ("send", "receive")]
 SERVICE = "/splitlearn.comm.ComputeService"
 TIMEOUT_S = 60
+TEXTS = 1000
 
 
 def echo() -> None:
@@ -59,6 +63,28 @@ def client(address: str, clients: int, seconds: float, shape: tuple[int, ...] = 
         clients,
         seconds,
         lambda connection: connection.ask(f"{SERVICE}/Compute", request),
+        lambda connection: connection.answer(),
+    )
+    p50, p99 = np.percentile(took_ms, [50, 99])
+    print(len(took_ms), p50, p99, flush=True)
+
+
+def texts(address: str, clients: int, seconds: float, model_id: str) -> None:
+    """Unary calls with texts of many lengths; any failure ends it."""
+    draw = torch.Generator().manual_seed(0)
+    lengths = torch.randint(5, 61, (TEXTS,), generator=draw).tolist()
+    requests = []
+    for length in lengths:
+        ids = torch.randint(1000, 20000, (1, length), generator=draw)
+        data, shape = TensorCodec().encode(ids)
+        request = compute_pb2.ComputeRequest(data=data, shape=shape, model_id=model_id)
+        requests.append(request.SerializeToString())
+    following = itertools.cycle(requests)
+    took_ms = in_closed_loops(
+        address,
+        clients,
+        seconds,
+        lambda connection: connection.ask(f"{SERVICE}/Compute", next(following)),
         lambda connection: connection.answer(),
     )
     p50, p99 = np.percentile(took_ms, [50, 99])
@@ -132,6 +158,8 @@ if __name__ == "__main__":
         echo()
     elif sys.argv[1] == "wake":
         wake()
+    elif sys.argv[1] == "texts":
+        texts(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]), sys.argv[5])
     elif sys.argv[1] == "stream":
         stream(sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
     else:
