@@ -223,7 +223,7 @@ class _Planner:
             # One that waits for its update is parked when idle like any other.
             action = self._update(wanted, serving)
             return action or self._park_if_idle(serving, wanted, waits=True)
-        if serving.spec.spec_hash != wanted.spec.spec_hash:
+        if not _is_said_of(serving, wanted):
             return self._adjust(wanted, serving)
         if serving.reserved_mb < _mb_with(serving.spec, serving):
             self._short.append((wanted, serving))
@@ -238,7 +238,7 @@ class _Planner:
             # A load of it would fail by that, and so it must not take over.
             self._room.mark_freeing((tried.key,))
             return self._cancel(tried, wanted.own_limit_problem)
-        if tried.spec.spec_hash != wanted.spec.spec_hash:
+        if not _is_said_of(tried, wanted):
             return self._adjustment(wanted, tried, tried.reserved_mb)
         message = f"generation {tried.spec.generation} is tried: {tried.trial}"
         return self._wait(wanted.spec.model_id, "RollingOut", message)
@@ -296,7 +296,7 @@ class _Planner:
         return Action(
             Verb.ADJUST,
             wanted.spec.model_id,
-            describe_changes(serving.spec, wanted.spec),
+            _adjusted(serving.spec, wanted.spec),
             spec=wanted.spec,
             key=serving.key,
             device=serving.device,
@@ -501,6 +501,19 @@ def _mb_with(spec: ModelSpec, serving: InstanceView) -> float:
     """What is to be reserved for what serves, with that spec: larger batches take more beside the weights."""
     measured = serving.measured
     return serving.reserved_mb if measured is None else measured.total_mb(spec.config.batch_size)
+
+
+def _is_said_of(view: InstanceView, wanted: Wanted) -> bool:
+    """Whether it has the very spec that is wanted: the same keys, of the same generation. An edit that is
+    taken back leaves the keys as they were, in a newer one."""
+    had, now = view.spec, wanted.spec
+    return (had.spec_hash, had.generation) == (now.spec_hash, now.generation)
+
+
+def _adjusted(old: ModelSpec, new: ModelSpec) -> str:
+    if old.spec_hash == new.spec_hash:
+        return f"as it was, now as generation {new.generation}"
+    return describe_changes(old, new)
 
 
 def _is_due_later(why: Waiting, attempt: Attempt | None) -> bool:

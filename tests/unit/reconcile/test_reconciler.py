@@ -201,6 +201,25 @@ def test_an_update_by_recreate_that_fails_goes_back_and_the_next_edit_is_tried()
     assert loop.loop.status.published["a"]["observed_generation"] == 3
 
 
+def test_an_edit_that_is_taken_back_leaves_what_serves_as_the_generation_that_is_declared() -> None:
+    """Seen to say for ever that generation 1 serves and generation 3 comes next."""
+    loop = Loop()
+    loop.declare("a")
+    loop.settle()
+    loop.bench.runtime.failures["a"] = broken()
+    loop.declare("a", trusted=True)
+    loop.settle()
+    loop.declare("a")
+    loop.settle()
+    shown = loop.loop.status.published["a"]
+    assert (shown["generation"], shown["observed_generation"]) == (3, 3)
+    ready = next(c for c in shown["conditions"] if c["type"] == "Ready")  # type: ignore[attr-defined]
+    assert ready["status"] == "True"
+    assert loop.bench.runtime.started.count(("a", "cpu")) == 2, "it is loaded already"
+    turn = loop.settle()
+    assert not turn.plan.actions
+
+
 def test_when_the_former_version_cannot_be_loaded_either_it_is_not_tried_for_ever() -> None:
     loop = Loop()
     loop.declare("a", update="recreate")
