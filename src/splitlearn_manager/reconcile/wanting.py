@@ -78,7 +78,7 @@ class Wishes:
         found: dict[str, Wanted] = {}
         for model_id, spec in served.items():
             now = wanted.get(model_id)
-            if now is None or now.spec.load_hash == spec.load_hash:
+            if now is None or now.spec.load_hash == spec.load_hash or _is_away(spec, now):
                 continue
             known = self._fallbacks.get(model_id)
             if known is None or known.spec is not spec:
@@ -130,3 +130,10 @@ class Wishes:
             source=wanted.source,
             measured=self._manager.measured(spec),
         )
+
+
+def _is_away(spec: ModelSpec, wanted: Wanted) -> bool:
+    """Whether there is nothing, at the moment, where both versions are loaded from."""
+    one, other = spec.config, wanted.spec.config
+    same_place = (one.base_dir, one.model_path) == (other.base_dir, other.model_path)
+    return same_place and bool(wanted.weights_problem)

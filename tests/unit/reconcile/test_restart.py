@@ -6,6 +6,7 @@ process goes on from what the disk says, and in the end nothing may tell that it
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
 import pytest
@@ -289,3 +290,20 @@ def test_a_directory_whose_name_is_no_text_stops_no_turn_and_its_models_are_kept
     lab.settle()
     assert lab.end_state() == before
     assert lab.loop.history("b")[0].outcome == "Ready"
+
+
+def test_the_version_that_served_comes_back_where_its_files_came_later_than_the_node() -> None:
+    """As with a mount that is slow: seen to leave nothing served, once its load had failed."""
+    lab = LoopLab()
+    an_edit_that_fails_by_surge(lab)
+    served = lab.served()
+    lab.fs.fail("/weights/a.pt", errno.ENOENT)
+    lab.start()
+    for _ in range(5):
+        lab.loop.turn()
+        lab.executor.run_all()
+        lab.pass_time(SETTLE_S)
+    assert not lab.served()
+    lab.fs.heal("/weights/a.pt")
+    lab.settle()
+    assert lab.served() == served
