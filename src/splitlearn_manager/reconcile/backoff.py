@@ -33,6 +33,7 @@ class Attempt:
         spec: the version that failed; another one is not held back by this.
         failures: loads of it that failed in a row.
         retry_at_s: when it may be tried again, on the manager's clock; None: not before a change.
+        superseded: another version was wanted since. Whoever wants this one again wants it anew.
     """
 
     spec: ModelSpec
@@ -40,10 +41,15 @@ class Attempt:
     retry_at_s: float | None
     reason: str
     message: str
+    superseded: bool = False
 
-    def concerns(self, spec: ModelSpec) -> bool:
+    def is_of(self, spec: ModelSpec) -> bool:
         """Whether `spec` is the version that failed (any key may be what a failure waits for)."""
         return (self.spec.spec_hash, self.spec.weights) == (spec.spec_hash, spec.weights)
+
+    def concerns(self, spec: ModelSpec) -> bool:
+        """Whether `spec` is the version that failed, and was wanted ever since."""
+        return not self.superseded and self.is_of(spec)
 
     def blocks(self, spec: ModelSpec, now_s: float) -> bool:
         """Whether `spec` must not be tried at `now_s`."""

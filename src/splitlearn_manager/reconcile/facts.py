@@ -131,7 +131,7 @@ class Facts:
                 if v.state is State.FAILED
                 and not (
                     attempt is not None
-                    and attempt.concerns(v.spec)
+                    and attempt.is_of(v.spec)
                     and attempt.reason != LoadTimeout.__name__
                 )
             ),

@@ -129,7 +129,8 @@ class Keeper:
         }
         for model_id, attempt in attempts.items():
             kept = self.models.get(model_id)
-            if kept is not None and attempt.spec.spec_hash == kept.accepted.spec_hash:
+            is_of = kept is not None and attempt.spec.spec_hash == kept.accepted.spec_hash
+            if is_of and not attempt.superseded:
                 serving = outcomes.get(model_id)
                 if serving is None or serving[1].version != attempt.spec.version:
                     outcomes[model_id] = (attempt.reason, attempt.spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 
 from splitlearn_manager.core.events import EventKind, ManagerEvent
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
@@ -53,6 +54,14 @@ class Memory:
         """Somebody asks that its failed load is tried again, whatever the backoff says."""
         if self.attempts.pop(model_id, None) is not None:
             self.revision += 1
+
+    def supersede(self, wanted: Mapping[str, Wanted]) -> None:
+        """Takes note of what is wanted: a failure holds no version back that is wanted again after another
+        one, because its file or its weights have changed since."""
+        for model_id, attempt in self.attempts.items():
+            now = wanted.get(model_id)
+            if now is not None and now.weights_ready and not attempt.is_of(now.spec):
+                self.attempts[model_id] = replace(attempt, superseded=True)
 
     def learn(self, snapshot: Snapshot, wanted: Mapping[str, Wanted]) -> list[ManagerEvent]:
         """Learns from what has happened since the last turn, and gives the events, oldest first.

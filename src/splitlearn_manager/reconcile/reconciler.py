@@ -320,6 +320,8 @@ class Reconciler:
         until_s = self._memory.failure_rate.limited(now).get(model_id)
         limited_s = until_s - now if until_s is not None else None
         attempt = self._memory.attempts.get(model_id)
+        if attempt is not None and attempt.superseded and limited_s is None:
+            attempt = None
         return self._ordered(self._orders.retry(model_id, attempt, limited_s))
 
     def promote(self, model_id: str) -> str:
@@ -425,6 +427,7 @@ class Reconciler:
         desired, memory = self._desired, self._memory
         measured = memory.take_measured()
         wanted = self._wishes.of(desired.models, measured)
+        memory.supersede(wanted)
         running = (v.model_id for v in snapshot.instances)
         for model_id in memory.forget_all_but({*wanted, *desired.undecided, *running}):
             self._manager.forget(model_id)

@@ -112,6 +112,82 @@ def test_a_version_that_nobody_wants_any_more_does_not_take_over_when_its_model_
     assert not lab.manager.table.trials
 
 
+def aborted(lab: LoopLab) -> None:
+    """Its version that is tried is taken back."""
+    lab.loop.abort("a")
+    lab.settle()
+    assert lab.loop.status.in_short("a") == "Ready (RolloutAborted)"
+
+
+def tried(lab: LoopLab) -> list[int]:
+    """The generations that are tried after a while, a step of ten seconds not over."""
+    for _ in range(4):
+        lab.loop.turn()
+        lab.executor.run_all()
+        lab.pass_time(STEP_S)
+    return [one.version.spec.generation for one in lab.manager.table.trials.values()]
+
+
+@pytest.mark.parametrize("starts_anew", [False, True])
+def test_a_version_that_was_taken_back_is_tried_when_an_edit_asks_for_it_again(
+    starts_anew: bool,
+) -> None:
+    """Seen to say `not tried again before its file changes`, which it had done twice."""
+    lab = lab_that_tries(for_s=10.0)
+    aborted(lab)
+    lab.write("a")
+    lab.settle()
+    if starts_anew:
+        lab.start()
+        lab.settle()
+    assert "failed load" in lab.loop.retry("a"), "what serves has not failed"
+    lab.write("a", trusted=True, rollout=rollout(10.0))
+    assert tried(lab) == [4]
+    history = [(entry.generation, entry.outcome) for entry in lab.loop.history("a")]
+    assert history == [(1, "Ready"), (2, "RolloutAborted"), (3, "Ready"), (4, "")]
+    aborted(lab)
+    assert "generation 4" in str((lab.loop.status.describe("a") or {})["message"])
+    if starts_anew:
+        lab.start()
+    assert tried(lab) == [], "nobody has asked for it again"
+
+
+def test_new_weights_that_were_taken_back_are_tried_when_they_are_put_there_again() -> None:
+    """As a link is, that names the one directory and then the other again."""
+    lab = LoopLab()
+    for name in ("one", "two"):
+        lab.fs.write(f"/weights/{name}.pt", name.encode())
+
+    def point_to(target: str) -> None:
+        if lab.fs.exists("/weights/a.pt"):
+            lab.fs.delete("/weights/a.pt")
+        lab.fs.symlink(target, "/weights/a.pt")
+
+    point_to("one.pt")
+    lab.write("a", rollout=rollout(10.0))
+    lab.settle()
+    point_to("two.pt")
+    assert tried(lab) == [1]
+    aborted(lab)
+    assert tried(lab) == []
+    point_to("one.pt")
+    assert tried(lab) == []
+    point_to("two.pt")
+    assert tried(lab) == [1]
+
+
+def test_a_version_that_was_taken_back_is_no_other_one_while_its_weights_are_away() -> None:
+    lab = lab_that_tries(for_s=10.0)
+    served = lab.served()
+    aborted(lab)
+    lab.fs.fail("/weights/a.pt", errno.ENOENT)
+    lab.start()
+    assert tried(lab) == []
+    lab.fs.heal("/weights/a.pt")
+    assert tried(lab) == []
+    assert lab.served() == served
+
+
 def test_a_suspended_model_is_not_unloaded_when_its_file_goes_but_when_it_is_resumed() -> None:
     lab = lab_with("a", "b", "c")
     lab.loop.suspend("a")
