@@ -48,7 +48,11 @@ def check_evictions(wanted: Mapping[str, Wanted], observed: Observed, made: Plan
         return
     views = {v.key: _as_wanted(v, wanted) for v in observed.snapshot.instances}
     ledger = observed.snapshot.ledger
-    going = {v.key for v in views.values() if v.state is State.UNLOADING}
+    going = {
+        v.key
+        for v in views.values()
+        if v.state is State.UNLOADING and not (v.drain_overdue and v.leases)
+    }
     going |= {
         a.key
         for a in made.actions
@@ -228,7 +232,8 @@ class _Staying:
 
 
 def _occupies(view: InstanceView) -> bool:
-    return view.state in (State.LOADING, State.UNLOADING)
+    drains = view.state is State.UNLOADING and not view.drain_overdue
+    return drains or view.state is State.LOADING
 
 
 def _check_group(

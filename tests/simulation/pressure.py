@@ -112,7 +112,8 @@ def _may_go(view: InstanceView, wanted: Mapping[str, Wanted], observed: Observed
         return False
     answers = view.model_id in observed.demands and not view.held
     occupied = any(
-        v.model_id == view.model_id and v.state in (State.LOADING, State.UNLOADING)
+        v.model_id == view.model_id
+        and (v.state is State.LOADING or (v.state is State.UNLOADING and not v.drain_overdue))
         for v in observed.snapshot.instances
     )
     return view.reserved_mb > 0 and not answers and not occupied

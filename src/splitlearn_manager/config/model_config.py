@@ -150,7 +150,8 @@ class ModelConfig(BaseModel):
     """Seconds that a load may take."""
     drain_timeout_s: Seconds = 30.0
     """Seconds of draining after which requests that still wait are answered UNAVAILABLE, and those that
-    still run are reported. The model is unloaded when the last of these ends, never under it."""
+    still run are reported. The model is unloaded when the last of these ends, never under it; its
+    next version does not wait for that."""
     config: LoaderOptions = LoaderOptions()
     """Options of the loader and of warm-up."""
 

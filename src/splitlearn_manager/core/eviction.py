@@ -38,7 +38,7 @@ class Resident:
         mb: its reservation, in MB.
         last_used_s: on the manager's monotonic clock.
         evictable: READY, idle, unpinned, and owned by somebody for whom the newcomer may evict.
-        freeing: UNLOADING, so its memory will be back without anybody's doing.
+        freeing: UNLOADING, so its memory will be back without anybody's doing; not if that takes too long.
         holding: for the refusal's message: why it stays (`in use`, `pinned`, …).
         busy: it would be evictable if no request used it.
         safe_until_s: until then newcomers that spare others spare it.

@@ -121,9 +121,13 @@ class InstanceWork:
                 if left > 0:
                     due.append(left)
                 elif self._instances.mark_drain_overdue(instance):
+                    requests = (
+                        "1 request" if instance.in_flight == 1 else f"{instance.in_flight} requests"
+                    )
                     message = (
-                        f"{instance.in_flight} requests still run {instance.config.drain_timeout_s:g} s "
-                        "after draining began; it is unloaded when they end"
+                        f"{requests} still running {instance.config.drain_timeout_s:g} s after draining "
+                        "began; it is unloaded when they end, keeps its memory until then, and holds "
+                        "nothing else up"
                     )
                     self.report(EventKind.DRAIN_OVERDUE, instance, "DrainOverdue", message)
         return min(due) if due else None

@@ -9,7 +9,7 @@ What holds after every method:
 - an instance holds a reservation from LOADING until GONE, and the ledger is never over its limits
   through a transition made here;
 - of each model at most one instance is routed to (`current`), and at most one operation runs on it:
-  a load (LOADING) or an unload (UNLOADING);
+  a load (LOADING) or an unload (UNLOADING), those aside whose requests have not ended in time;
 - `table` lists exactly the READY instances that grant leases; one that is held does not.
 """
 
@@ -39,9 +39,6 @@ from splitlearn_manager.routing.table import RoutingTable, Tried, build_table
 
 if TYPE_CHECKING:
     from splitlearn_manager.runtime.base import RunningModel
-
-# A failed instance whose loader has not come back yet holds memory that nobody can give back.
-_OCCUPIES_ID = (State.LOADING, State.UNLOADING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,11 +394,17 @@ class Instances:
         return False
 
     def mark_drain_overdue(self, instance: ManagedModel) -> bool:
-        """True the first time it is called for an instance that still has leases."""
+        """True the first time it is called for an instance that still has leases.
+
+        It holds up no other operation on its model from now on. What was to be loaded in its place is the
+        loop's to decide anew, which may have room for it elsewhere; nobody else would decide for Python's.
+        """
         with self._lock:
             if instance.drain_overdue or instance.state is not State.UNLOADING or instance.idle:
                 return False
             instance.drain_overdue = True
+            if instance.owner is Owner.DIRECTORY:
+                self._successors.pop(instance.key, None)
             return True
 
     def forget_outcome(self, model_id: str) -> None:
@@ -413,10 +416,17 @@ class Instances:
 
     def _refuse_if_occupied(self, model_id: str) -> None:
         for instance in self._instances.values():
-            if instance.model_id == model_id and instance.state in _OCCUPIES_ID:
+            if instance.model_id == model_id and self._is_under_way(instance):
                 raise OperationInProgress(
                     f"model {model_id!r} is {instance.state}: one operation at a time"
                 )
+
+    def _is_under_way(self, instance: ManagedModel) -> bool:
+        """As of `InstanceView`."""
+        # A failed instance whose loader has not come back yet holds memory that nobody can give back.
+        if instance.state is State.UNLOADING:
+            return not instance.drain_overdue or instance.key in self._successors
+        return instance.state is State.LOADING
 
     def _add(self, spec: ModelSpec, owner: Owner, device: str, mb: float) -> ManagedModel:
         key = f"{spec.model_id}#{next(self._serial)}"

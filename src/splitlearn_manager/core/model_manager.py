@@ -513,7 +513,13 @@ class ModelManager:
             for victim in decision.victims:
                 self.begin_evict(victim.model_id, victim.key, "MadeRoom")
         elif isinstance(decision, AwaitRoom):
-            self._wait(lambda: self._instances.ledger is not held)
+            # Either that memory is back, or it takes too long.
+            self._wait(
+                lambda: (
+                    self._instances.ledger is not held
+                    or not isinstance(self._instances.decide(request, owner), AwaitRoom)
+                )
+            )
         else:
             message = f"model {spec.model_id!r}: {decision.message}"
             raise _ADMISSION_ERRORS.get(decision.reason, AdmissionError)(

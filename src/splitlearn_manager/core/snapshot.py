@@ -52,6 +52,16 @@ class InstanceView:
     followed: bool = False
     trial: str = ""
 
+    @property
+    def under_way(self) -> bool:
+        """Whether no other operation on its model begins before this one has ended.
+
+        Requests inside one that drains may never end. Once they have taken too long it holds its memory and
+        its place, and nothing else up.
+        """
+        drains = self.state is State.UNLOADING and (self.followed or not self.drain_overdue)
+        return drains or self.state is State.LOADING
+
 
 _OPERATIONS = {
     State.LOADING: "being updated",
@@ -95,10 +105,12 @@ def residents(
     Args:
         awaited: ids of models that requests wait for: one that is READY now answers those before it goes.
     """
-    under_way = {v.model_id: v.state for v in views if v.state in _OPERATIONS}
+    under_way = {v.model_id: v.state for v in views if v.under_way}
 
     def kept(view: InstanceView) -> str:
         """Why it would stay if nobody used it."""
+        if view.state is State.UNLOADING and view.drain_overdue:
+            return "kept by requests that do not end"
         if view.state is not State.READY:
             return view.state.lower()
         if view.spec.config.pinned:
@@ -114,6 +126,7 @@ def residents(
     def resident(view: InstanceView) -> Resident:
         stays = kept(view)
         in_use = view.state is State.READY and view.leases > 0
+        late = view.drain_overdue and view.leases > 0
         return Resident(
             key=view.key,
             model_id=view.model_id,
@@ -122,7 +135,7 @@ def residents(
             priority=view.spec.config.priority,
             last_used_s=view.last_used_s,
             evictable=not stays and not in_use,
-            freeing=view.state is State.UNLOADING,
+            freeing=view.state is State.UNLOADING and not late,
             holding="in use" if in_use and stays != "pinned" else stays,
             busy=not stays and in_use,
             safe_until_s=safe_until_s(

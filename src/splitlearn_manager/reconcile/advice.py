@@ -120,6 +120,8 @@ def _room(
     """
     if hung := [v for v in holders if v.state is State.FAILED]:
         yield f"start the node anew: the loads of {_names(hung)} hang and keep their room"
+    if late := [v for v in holders if v.state is State.UNLOADING and not v.under_way]:
+        yield f"the end of the requests that former copies answer for too long already: {_names(late)}"
     if facts.serving is not None:
         # An update evicts nobody: it is not worth another model's outage.
         if wanted.spec.config.update == "surge":

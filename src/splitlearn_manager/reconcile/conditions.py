@@ -303,7 +303,7 @@ def _phase_in_words(facts: Facts, phase: Phase, moment: Moment) -> str:
         return f"generation {loading.spec.generation} is being loaded on {loading.device} since {since}"
     if phase is Phase.TERMINATING:
         return f"no file declares it; {draining_in_words(facts) or 'it is unloaded next'}"
-    if old is not None:
+    if old is not None and old.under_way:
         next_step = "" if phase is Phase.EVICTED else "; then it is loaded anew"
         return f"{draining_in_words(facts)}{next_step}"
     if phase is Phase.EVICTED:

@@ -32,8 +32,10 @@ from splitlearn_manager.reconcile.explanation import (
     Case,
     Explanation,
     drain_end,
+    ends_lingering,
     hung_in_words,
     keep_alive,
+    lingering_in_words,
     origin,
     requests,
     requests_of,
@@ -143,7 +145,7 @@ def _terminating(case: Case) -> Explanation:
         draining_in_words(facts) or hung_in_words(facts),
         "running requests are never cut off" if late else "",
         waits_for=drain_end(facts),
-        would_help=("to keep it, put its file back",),
+        would_help=(*ends_lingering(facts), "to keep it, put its file back"),
     )
 
 
@@ -174,8 +176,9 @@ def _ready(case: Case, wanted: Wanted) -> Explanation:
             origin(facts),
             requests(facts),
             takes(facts),
-            f"the version before it: {late}" if late else "",
+            lingering_in_words(facts) or (f"the version before it: {late}" if late else ""),
             keep_alive(facts, case.moment),
+            would_help=ends_lingering(facts),
         )
     aim = target(wanted, serving)
     if facts.failure is not None:
@@ -189,8 +192,9 @@ def _ready(case: Case, wanted: Wanted) -> Explanation:
     return case.says(
         f"serves {serves}; the update to {aim} waits ({waiting.reason})",
         *because,
+        lingering_in_words(facts),
         waits_for=waits_for,
-        would_help=would_help,
+        would_help=(*ends_lingering(facts), *would_help),
     )
 
 

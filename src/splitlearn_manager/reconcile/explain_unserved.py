@@ -13,7 +13,9 @@ from splitlearn_manager.reconcile.explanation import (
     Case,
     Explanation,
     drain_end,
+    ends_lingering,
     hung_in_words,
+    lingering_in_words,
     needs,
     origin,
     times,
@@ -136,7 +138,7 @@ def failed(case: Case) -> Explanation:
 def pending(case: Case, wanted: Wanted) -> Explanation:
     """It waits for room, its turn, its files or its old copy."""
     facts = case.facts
-    if facts.draining is not None:
+    if facts.draining is not None and facts.draining.under_way:
         return case.says(
             "is loaded anew when its old copy is gone",
             draining_in_words(facts),
@@ -164,8 +166,9 @@ def pending(case: Case, wanted: Wanted) -> Explanation:
         headline,
         *because,
         hung_in_words(facts),
+        lingering_in_words(facts),
         waits_for=waits_for,
-        would_help=would_help,
+        would_help=(*ends_lingering(facts), *would_help),
     )
 
 

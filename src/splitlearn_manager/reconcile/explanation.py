@@ -137,6 +137,27 @@ def hung_in_words(facts: Facts) -> str:
     )
 
 
+def lingering_in_words(facts: Facts) -> str:
+    """What copies keep whose requests do not end; empty if there are none."""
+    kept = facts.lingering
+    if not kept:
+        return ""
+    leases = sum(v.leases for v in kept)
+    ended = "1 running request has" if leases == 1 else f"{leases} running requests have"
+    devices = " and ".join(sorted({v.device for v in kept}))
+    return (
+        f"a former copy keeps {sum(v.reserved_mb for v in kept):,.0f} MB on {devices} until {ended} ended, "
+        "which takes longer than drain_timeout_s already"
+    )
+
+
+def ends_lingering(facts: Facts) -> tuple[str, ...]:
+    """What would free that; nothing if there are no such copies."""
+    return ("if requests hang, start the node anew: nothing else ends them",) * bool(
+        facts.lingering
+    )
+
+
 def tries(facts: Facts) -> str:
     """Earlier loads of the wanted version that failed; empty if none did."""
     attempt = facts.failed_attempt

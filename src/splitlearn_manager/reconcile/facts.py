@@ -111,11 +111,19 @@ class Facts:
 
     @property
     def draining(self) -> InstanceView | None:
-        """One that served and is on its way out; not what is left of a load that failed."""
-        return next(
-            (v for v in self.views if v.state is State.UNLOADING and v.ready_since_s is not None),
-            None,
-        )
+        """One that served and is on its way out; not what is left of a load that failed.
+
+        One that is out in time before one whose requests take too long.
+        """
+        served = [
+            v for v in self.views if v.state is State.UNLOADING and v.ready_since_s is not None
+        ]
+        return min(served, key=lambda v: not v.under_way, default=None)
+
+    @property
+    def lingering(self) -> tuple[InstanceView, ...]:
+        """Copies on their way out whose requests take too long: they keep memory, and hold nothing up."""
+        return tuple(v for v in self.views if v.state is State.UNLOADING and not v.under_way)
 
     @property
     def hung(self) -> InstanceView | None:
@@ -200,7 +208,7 @@ def phase_of(facts: Facts) -> Phase:
         return Phase.UPDATING if facts.loading is not None else Phase.READY
     if facts.loading is not None:
         return Phase.LOADING
-    if facts.draining is not None:
+    if facts.draining is not None and facts.draining.under_way:
         return _phase_of_draining(facts, facts.wanted, facts.draining)
     if facts.failure is not None:
         return Phase.FAILED

@@ -196,7 +196,7 @@ class _Planner:
 
     def _operation_on(self, model_id: str) -> State | None:
         for view in self._by_id.get(model_id, ()):
-            if view.state in (State.LOADING, State.UNLOADING):
+            if view.under_way:
                 return view.state
         return None
 

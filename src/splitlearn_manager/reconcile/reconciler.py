@@ -22,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from splitlearn_manager.core.clock import Clock
-from splitlearn_manager.core.lifecycle import State
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.rollout import Verdict
 from splitlearn_manager.core.snapshot import InstanceView, Snapshot
@@ -484,8 +483,7 @@ class Reconciler:
         due = [at - now for at in times if at is not None]
         if tick_s is not None:
             due.append(tick_s)
-        under_way = (State.LOADING, State.UNLOADING)
-        busy = any(v.state in under_way for v in instances)
+        busy = any(v.under_way for v in instances)
         return Turn(
             desired=desired,
             plan=found.plan,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -281,6 +281,50 @@ def test_a_drain_past_its_time_is_reported_once_and_the_model_stays_until_the_en
     lease.release()
     bench.executor.run_all()
     assert reported == ["DrainOverdue", "Unloaded"]
+
+
+def lingering(bench: Bench, mb: float = 60.0) -> None:
+    """A copy of `a` has a request that does not end."""
+    bench.manager.begin_load(ModelSpec.of(model("a", drain_timeout_s=3.0)), Owner.API, "cpu", mb)
+    bench.runtime.sizes_mb["a"] = mb
+    bench.executor.run_all()
+    bench.manager.lease("a")
+    bench.manager.begin_unload("a", "Requested")
+    bench.clock.advance(3.0)
+
+
+def test_a_drain_past_its_time_holds_no_other_operation_on_its_model_up() -> None:
+    bench = Bench()
+    lingering(bench)
+    spec = ModelSpec.of(model("a"), generation=2)
+    with pytest.raises(OperationInProgress):
+        bench.manager.begin_load(spec, Owner.API, "cpu", 60.0)
+    bench.manager.tick()
+    assert bench.manager.begin_load(spec, Owner.API, "cpu", 60.0)
+    bench.executor.run_all()
+    assert bench.manager.snapshot().ledger.used_mb("cpu") == 120.0
+    assert bench.manager.begin_evict("a", bench.manager.table.all[0].key, "MadeRoom")
+    bench.executor.run_all()
+    assert bench.manager.snapshot().ledger.used_mb("cpu") == 60.0, "the first one has its request"
+
+
+def test_python_waits_for_no_room_that_a_drain_past_its_time_has() -> None:
+    """Seen to wait for ever."""
+    bench = Bench(budgets_mb={"cpu": 100.0})
+    lingering(bench)
+    bench.files.estimates_mb["b"] = 60.0
+    waited: list[bool] = []
+
+    def time_passes(done: Callable[[], bool], **_: object) -> None:
+        waited.append(done())
+        if not waited[-1]:
+            bench.manager.tick()
+        assert done(), "nothing else will happen"
+
+    bench.manager._wait = time_passes  # type: ignore[method-assign]
+    with pytest.raises(InsufficientMemory, match="do not end"):
+        bench.manager.load_model(model("b"))
+    assert False in waited
 
 
 def test_files_that_change_while_they_are_read_are_not_served() -> None:

@@ -119,12 +119,17 @@ def aborted(lab: LoopLab) -> None:
     assert lab.loop.status.in_short("a") == "Ready (RolloutAborted)"
 
 
-def tried(lab: LoopLab) -> list[int]:
-    """The generations that are tried after a while, a step of ten seconds not over."""
+def turns(lab: LoopLab) -> None:
+    """Some of them, as many as an edit takes to be followed."""
     for _ in range(4):
         lab.loop.turn()
         lab.executor.run_all()
         lab.pass_time(STEP_S)
+
+
+def tried(lab: LoopLab) -> list[int]:
+    """The generations that are tried after a while, a step of ten seconds not over."""
+    turns(lab)
     return [one.version.spec.generation for one in lab.manager.table.trials.values()]
 
 
@@ -174,6 +179,74 @@ def test_new_weights_that_were_taken_back_are_tried_when_they_are_put_there_agai
     assert tried(lab) == []
     point_to("two.pt")
     assert tried(lab) == [1]
+
+
+def test_a_request_that_hangs_in_a_version_that_was_taken_back_holds_no_update_up() -> None:
+    """Seen to hold all updates up until the node was started anew."""
+    lab = lab_that_tries(for_s=10.0)
+    (trial,) = lab.manager.table.trials.values()
+    lease = lab.manager.try_lease(trial.version)
+    assert lease is not None
+    lab.loop.abort("a")
+    lab.loop.turn()
+    lab.write("a", config={"kwargs": {"v": 3}})
+    turns(lab)
+    assert lab.loop.status.in_short("a") == "Ready (Unloading)"
+    lab.pass_time(30.0)
+    lab.settle()
+    assert lab.manager.table.by_model["a"].spec.generation == 3
+    said = lab.loop.status.explain("a")
+    assert said is not None
+    kept = "a former copy keeps 10 MB on cpu until 1 running request has ended, which takes longer"
+    assert any(kept in line for line in said["because"])  # type: ignore[attr-defined]
+    assert "start the node anew" in str(said["would_help"])
+    assert len(lab.runtime.open_models) == 2, "it is never closed under a request"
+    lease.release()
+    lab.settle()
+    lab.end_state()
+
+
+@pytest.mark.parametrize("has_room", [False, True])
+def test_a_request_that_hangs_in_a_version_that_is_replaced_does_not_keep_the_model_down(
+    has_room: bool,
+) -> None:
+    lab = LoopLab(max_models=2 if has_room else 1)
+    lab.write("a", update="recreate")
+    lab.settle()
+    lease = lab.manager.lease("a")
+    lab.write("a", update="recreate", trusted=True)
+    turns(lab)
+    assert lab.loop.status.in_short("a") == "Updating (Unloading)"
+    lab.pass_time(30.0)
+    lab.settle()
+    assert bool(lab.served()) is has_room
+    if not has_room:
+        assert lab.loop.status.in_short("a") == "Pending (MaxModels)"
+        said = lab.loop.status.explain("a")
+        assert said is not None
+        assert "start the node anew" in str(said["would_help"])
+    lease.release()
+    lab.settle()
+    assert len(lab.served()) == 1
+    lab.end_state()
+
+
+def test_room_that_a_request_keeps_for_too_long_is_not_waited_for() -> None:
+    """Seen to let a request run into its deadline, while an idle model had the room that it needs."""
+    lab = LoopLab(max_models=2)
+    lab.write("a")
+    lab.write("b")
+    lab.settle()
+    lab.manager.lease("a")
+    lab.delete("a")
+    lab.write("c")
+    turns(lab)
+    assert lab.loop.status.in_short("c") == "Pending (AwaitingMemory)"
+    waiter = lab.loop.join("c", 60.0)
+    lab.pass_time(30.0)
+    turns(lab)
+    assert sorted(lab.served()) == ["c"]
+    lab.loop.leave(waiter)
 
 
 def test_a_version_that_was_taken_back_is_no_other_one_while_its_weights_are_away() -> None:
