@@ -211,10 +211,10 @@ class InstanceWork:
         except LedgerError:
             raise _too_large(instance, _takes(read.running, measured, spec.config)) from None
         self._tried[instance.key] = read
-        self._tell_trial(
-            instance,
-            f"generation {spec.generation} is tried: {instance.trial.note if instance.trial else ''}",
-        )
+        old = self._instances.serving(instance.model_id)
+        version = spec.named_beside(old.spec if old is not None else None)
+        note = instance.trial.note if instance.trial else ""
+        self._tell_trial(instance, f"{version} is tried: {note}")
         return True
 
     def _watch_trial(self, instance: ManagedModel) -> float:
@@ -230,7 +230,7 @@ class InstanceWork:
             trial.traffic_of(instance),
             trial.traffic_of(old) if old is not None else None,
         )
-        about = f"generation {instance.spec.generation} {why}"
+        about = f"{instance.spec.named_beside(old.spec if old is not None else None)} {why}"
         if verdict is Verdict.TAKE_BACK:
             kind = RolloutFailed if trial.ordered is None else RolloutAborted
             self.take_back(instance, kind(f"model {instance.model_id!r}: {about}"))

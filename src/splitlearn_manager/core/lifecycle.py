@@ -78,6 +78,11 @@ class ModelSpec:
     def model_id(self) -> str:
         return self.config.model_id
 
+    def named_beside(self, old: ModelSpec | None) -> str:
+        """It, for people, while another version serves: new weights alone keep the generation."""
+        same = old is not None and old.generation == self.generation
+        return f"generation {self.generation}" + (" with new weights" if same else "")
+
     @property
     def version(self) -> tuple[str, str]:
         """What distinguishes two loads: equal versions would load the same model."""

@@ -224,8 +224,8 @@ class ModelManager:
         self._work.take_back(instance, why, is_outcome=False)
         return True
 
-    def order_rollout(self, model_id: str, verdict: Verdict) -> int:
-        """Has a version that is tried take over, or taken back, with the next tick; its generation.
+    def order_rollout(self, model_id: str, verdict: Verdict) -> str:
+        """Has a version that is tried take over, or taken back, with the next tick; which, for people.
 
         Raises SplitlearnError (reason `NoRollout`) if none is.
         """
@@ -236,7 +236,8 @@ class ModelManager:
             )
         trial.ordered = verdict
         self._notify()
-        return instance.spec.generation
+        old = self._instances.serving(model_id)
+        return instance.spec.named_beside(old.spec if old is not None else None)
 
     def pause_rollouts(self, model_ids: Collection[str]) -> None:
         """Has the rollouts of these models, and of no others, go no further; they may still be taken back."""

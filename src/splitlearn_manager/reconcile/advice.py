@@ -13,6 +13,7 @@ from splitlearn_manager.core.snapshot import InstanceView
 from splitlearn_manager.reconcile.actions import Wanted
 from splitlearn_manager.reconcile.facts import Facts
 from splitlearn_manager.reconcile.node_facts import NodeFacts
+from splitlearn_manager.reconcile.record import ROLLOUTS_TAKEN_BACK
 
 _NAMED = 4
 
@@ -51,9 +52,14 @@ def for_failure(facts: Facts, reason: str) -> tuple[str, ...]:
     """What would help after a load failed, or is sure to, for this reason."""
     found = [_FIX.get(reason, "correct what the message says")]
     waiting = facts.waiting
+    if reason in ROLLOUTS_TAKEN_BACK and not facts.views:
+        return (
+            "put the weights back that served, or better ones",
+            f"`retry {facts.model_id}` lets it serve as it is: there is nothing to try it beside",
+        )
     if facts.failed_attempt is None:
         return tuple(found)  # no load was tried: only a change helps
-    is_rollout = reason in ("RolloutFailed", "RolloutAborted")
+    is_rollout = reason in ROLLOUTS_TAKEN_BACK
     if waiting is not None and waiting.failed and (waiting.until_s is not None or is_rollout):
         found.append(f"`retry {facts.model_id}` tries it at once")
     if facts.hung is not None:

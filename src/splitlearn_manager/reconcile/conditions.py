@@ -297,7 +297,8 @@ def _reason_and_message(facts: Facts, moment: Moment) -> tuple[str, str]:
 def _phase_in_words(facts: Facts, phase: Phase, moment: Moment) -> str:
     loading, old = facts.loading, facts.draining
     if loading is not None and loading.trial:
-        return f"generation {loading.spec.generation} is tried: {loading.trial}"
+        old_spec = facts.serving.spec if facts.serving is not None else None
+        return f"{loading.spec.named_beside(old_spec)} is tried: {loading.trial}"
     if loading is not None:
         since = moment.clock(loading.loading_since_s)
         return f"generation {loading.spec.generation} is being loaded on {loading.device} since {since}"

@@ -21,6 +21,7 @@ from splitlearn_manager.reconcile.explanation import (
     times,
     tries,
 )
+from splitlearn_manager.reconcile.record import ROLLOUTS_TAKEN_BACK
 
 _LOADS_NAMED = 8
 
@@ -244,6 +245,13 @@ def _given_up(
             f"could not be loaded{times(attempt)}: its load hangs",
             *because,
             waits_for=f"its loader to return, or {_CHANGE}",
+            would_help=would_help,
+        )
+    if attempt.reason in ROLLOUTS_TAKEN_BACK:
+        return case.says(
+            "is not served: its version was taken back while it was tried, and there is no other",
+            *because,
+            waits_for=_CHANGE,
             would_help=would_help,
         )
     if attempt.retry_at_s is None:

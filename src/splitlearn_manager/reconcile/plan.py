@@ -240,19 +240,24 @@ class _Planner:
             return self._cancel(tried, wanted.own_limit_problem)
         if not _is_said_of(tried, wanted):
             return self._adjustment(wanted, tried, tried.reserved_mb)
-        message = f"generation {tried.spec.generation} is tried: {tried.trial}"
+        message = f"{self._name(tried)} is tried: {tried.trial}"
         return self._wait(wanted.spec.model_id, "RollingOut", message)
 
     def _cancel(self, tried: InstanceView, why: str) -> Action:
         return Action(
             Verb.CANCEL,
             tried.model_id,
-            f"the rollout of generation {tried.spec.generation}: {why}",
+            f"the rollout of {self._name(tried)}: {why}",
             key=tried.key,
             device=tried.device,
             mb=tried.reserved_mb,
             reason="RolloutSuperseded",
         )
+
+    def _name(self, tried: InstanceView) -> str:
+        views = self._by_id.get(tried.model_id, ())
+        served = next((v.spec for v in views if v.state is State.READY), None)
+        return tried.spec.named_beside(served)
 
     def _value(self, serving: InstanceView, wanted: Wanted) -> None:
         """Who goes for others is decided by what is wanted now, whichever version serves."""

@@ -325,14 +325,14 @@ class Reconciler:
 
     def promote(self, model_id: str) -> str:
         """Has a version that is rolled out take over at once. Raises SplitlearnError (`NoRollout`)."""
-        generation = self._manager.order_rollout(model_id, Verdict.TAKE_OVER)
-        return self._ordered(f"generation {generation} of {model_id} takes over")
+        version = self._manager.order_rollout(model_id, Verdict.TAKE_OVER)
+        return self._ordered(f"{version} of {model_id} takes over")
 
     def abort(self, model_id: str) -> str:
         """Takes back a version that is rolled out. Raises SplitlearnError (`NoRollout`)."""
-        generation = self._manager.order_rollout(model_id, Verdict.TAKE_BACK)
+        version = self._manager.order_rollout(model_id, Verdict.TAKE_BACK)
         return self._ordered(
-            f"generation {generation} of {model_id} is taken back; it is not tried again before its file or "
+            f"{version} of {model_id} is taken back; it is not tried again before its file or "
             f"its weights change, or `retry {model_id}`"
         )
 

@@ -92,10 +92,18 @@ class ModelRecord:
             retry_at_s=None,
             reason=outcome,
             message=(
-                f"generation {accepted.generation} was taken back while it was tried, before the node was "
-                "started anew"
+                f"generation {accepted.generation}{self._new_weights} was taken back while it was tried, "
+                "before the node was started anew"
             ),
         )
+
+    @property
+    def _new_weights(self) -> str:
+        """That the accepted version is other weights alone: then what served is there no more."""
+        before = self.history[-2].generation if len(self.history) > 1 else None
+        if self.served is not None or before != self.accepted.generation:
+            return ""
+        return " with new weights, which took the place of those that served,"
 
     @property
     def to_go_back_to(self) -> ModelSpec | None:

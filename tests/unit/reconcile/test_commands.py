@@ -249,6 +249,36 @@ def test_room_that_a_request_keeps_for_too_long_is_not_waited_for() -> None:
     lab.loop.leave(waiter)
 
 
+def test_new_weights_that_are_tried_are_told_from_those_that_serve() -> None:
+    """Seen to say that generation 1 was aborted, and that generation 1 goes on serving."""
+    lab = LoopLab()
+    lab.write("a", rollout=rollout(10.0))
+    lab.settle()
+    lab.fs.replace("/weights/a.pt", b"others")
+    assert tried(lab) == [1]
+    new = "generation 1 with new weights"
+    shown = lab.loop.status.describe("a")
+    assert shown is not None
+    assert str(shown["message"]).startswith(f"{new} is tried: canary: step 1 of 1")
+    assert lab.loop.abort("a").startswith(f"{new} of a is taken back")
+    lab.settle()
+    shown = lab.loop.status.describe("a")
+    assert shown is not None
+    assert f"{new} was aborted by somebody; generation 1 goes on serving" in str(shown["message"])
+    events = [event["message"] for event in lab.loop.status.events()[0]]
+    assert [said for said in events if "generation 1 is tried" in str(said)] == []
+    lab.start()
+    assert tried(lab) == []
+    said = lab.loop.status.explain("a")
+    assert said is not None
+    assert said["headline"] == (
+        "a is not served: its version was taken back while it was tried, and there is no other"
+    )
+    assert "took the place of those that served" in str(said["because"])
+    lab.order(lambda: lab.loop.retry("a"))
+    assert lab.served(), said["would_help"]
+
+
 def test_a_version_that_was_taken_back_is_no_other_one_while_its_weights_are_away() -> None:
     lab = lab_that_tries(for_s=10.0)
     served = lab.served()
