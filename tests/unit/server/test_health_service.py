@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import grpc
 import pytest
@@ -48,6 +51,41 @@ class Probed:
         request = health_pb2.HealthCheckRequest(service=name)
         for answer in self.stub.Watch(request, timeout=30):
             yield str(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+
+
+class Details(NamedTuple):
+    """What a handler is found by."""
+
+    method: str
+    invocation_metadata: tuple[()]
+
+
+class Context:
+    """What a handler learns of its call: whether its caller had gone before it began."""
+
+    def __init__(self, *, gone: bool) -> None:
+        self._gone = gone
+        self._ends: list[Callable[[], None]] = []
+
+    def add_callback(self, end: Callable[[], None]) -> bool:
+        if not self._gone:
+            self._ends.append(end)
+        return not self._gone
+
+    def end(self) -> None:
+        """The caller goes."""
+        while self._ends:
+            self._ends.pop()()
+
+
+class Sent:
+    """Takes what is sent."""
+
+    def __init__(self) -> None:
+        self.answers: list[object] = []
+
+    def __call__(self, answer: object) -> None:
+        self.answers.append(answer)
 
 
 @pytest.fixture
@@ -106,3 +144,37 @@ def test_a_draining_node_and_all_its_models_do_not_serve(probed: Probed) -> None
     # The loop may end a last turn afterwards.
     probed.publish("m")
     assert probed.check("m") == "NOT_SERVING"
+    assert next(probed.watch("m")) == "NOT_SERVING"
+
+
+def test_a_model_that_is_gone_is_not_found(probed: Probed) -> None:
+    probed.publish("m")
+    probed.publish()
+    assert probed.check("m") == "NOT_FOUND"
+    statuses = probed.stub.List(health_pb2.HealthListRequest(), timeout=30).statuses
+    assert set(statuses) == {"", SERVICE}
+
+
+def test_the_end_of_one_node_ends_no_watching_of_another(probed: Probed) -> None:
+    HealthService().drain()
+    assert next(probed.watch("")) == "SERVING"
+
+
+def test_nothing_is_kept_of_callers_that_have_gone(probed: Probed) -> None:
+    server = grpc.server(ThreadPoolExecutor(1))
+    kept: list[grpc.GenericRpcHandler[object, object]] = []
+    server.add_generic_rpc_handlers = kept.extend  # type: ignore[method-assign]
+    service = HealthService()
+    service.register(server)
+    watch = kept[0].service(Details("/grpc.health.v1.Health/Watch", ()))  # type: ignore[union-attr]
+    request = health_pb2.HealthCheckRequest(service="made up")
+    for context in (Context(gone=False), Context(gone=True)):
+        sent = Sent()
+        told = weakref.ref(sent)
+        watch.unary_stream(request, context, sent)  # type: ignore[union-attr]
+        assert len(sent.answers) == 1
+        context.end()
+        del sent
+        gc.collect()
+        assert told() is None
+    assert not service._watching
