@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -38,7 +39,21 @@ def bind(server: grpc.Server, address: str, credentials: grpc.ServerCredentials 
         ) from error
 
 
-def bind_socket(server: grpc.Server, path: Path) -> None:
+@dataclass(frozen=True)
+class BoundSocket:
+    """A socket that a server has put into the file system, and what it is known by there."""
+
+    path: Path
+    identity: tuple[int, int, int]
+
+    def remove(self) -> None:
+        """Remove it, once the server has stopped; what somebody else has put in its place stays."""
+        with contextlib.suppress(OSError):
+            if _identity(self.path) == self.identity:
+                self.path.unlink()
+
+
+def bind_socket(server: grpc.Server, path: Path) -> BoundSocket:
     """Listen on a socket at `path`, for the user of this process alone. One that nobody uses is replaced.
 
     Raises:
@@ -57,6 +72,7 @@ def bind_socket(server: grpc.Server, path: Path) -> None:
             server.add_insecure_port(f"unix:{path}")
         finally:
             os.umask(before)
+        return BoundSocket(path, _identity(path))
     except (OSError, RuntimeError) as error:
         what = error.strerror if isinstance(error, OSError) else None
         raise ServerStartError(
@@ -64,10 +80,10 @@ def bind_socket(server: grpc.Server, path: Path) -> None:
         ) from error
 
 
-def remove_socket(path: Path) -> None:
-    """Remove the socket of a server that has stopped."""
-    with contextlib.suppress(OSError):
-        path.unlink()
+def _identity(path: Path) -> tuple[int, int, int]:
+    """What another socket at the same path does not share: a number of a file alone may be used again."""
+    found = path.lstat()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _remove_unused(path: Path) -> None:

@@ -33,7 +33,7 @@ from splitlearn_comm.http2.calls import Call, Stream, Wire
 from splitlearn_comm.http2.polling import Work
 from splitlearn_comm.http2.server import Server
 from splitlearn_comm.protocol import compute_pb2
-from splitlearn_comm.server.addresses import bind, bind_socket, remove_socket
+from splitlearn_comm.server.addresses import BoundSocket, bind, bind_socket
 from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_comm.server.servicer import ComputeServicer
 from splitlearn_comm.server.streams import Streams
@@ -144,7 +144,7 @@ class NetworkServer:
         servicer: ComputeServicer,
         streams: Streams,
         pools: Sequence[BoundedPool],
-        unix_socket: Path | None,
+        unix_socket: BoundSocket | None,
     ) -> None:
         self._unix_socket = unix_socket
         self.grpc_server = grpc_server
@@ -172,7 +172,7 @@ class NetworkServer:
         self._streams.stop()
         self.grpc_server.stop(grace_s).wait()
         if self._unix_socket is not None:
-            remove_socket(self._unix_socket)
+            self._unix_socket.remove()
         idle = True
         for pool in self._pools:
             idle = pool.wait_idle(_LAST_HANDLERS_S) and idle
@@ -237,14 +237,13 @@ def build_server(
     )
     try:
         port = bind(server, address, credentials)
-        if unix_socket is not None:
-            bind_socket(server, unix_socket)
+        bound = None if unix_socket is None else bind_socket(server, unix_socket)
     except ServerStartError:
         server.stop(None)
         for pool in pools:
             pool.shutdown(wait=False)
         raise
-    return NetworkServer(server, port, servicer, opened, pools, unix_socket)
+    return NetworkServer(server, port, servicer, opened, pools, bound)
 
 
 def _server_of_grpc(

@@ -71,6 +71,19 @@ def test_the_socket_is_for_its_own_user_and_answers_like_the_port(place: Place) 
             assert torch.equal(client.compute(torch.ones(2, 2), "m"), torch.full((2, 2), 2.0))
 
 
+def test_a_server_that_stops_leaves_the_socket_of_another_one(tmp_path: Path) -> None:
+    first = Place(tmp_path / "node.sock")
+    first.path.unlink()
+    second = Place(first.path)
+    first.server.stop(0.1)
+    with GRPCComputeClient(second.at_socket) as client:
+        assert torch.equal(client.compute(torch.ones(2, 2), "m"), torch.full((2, 2), 2.0))
+    second.path.unlink()
+    second.path.write_text("somebody's")
+    second.server.stop(0.1)
+    assert second.path.read_text() == "somebody's"
+
+
 def test_a_socket_that_nobody_uses_is_replaced_and_one_in_use_is_not(tmp_path: Path) -> None:
     path = tmp_path / "node.sock"
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as left:
