@@ -179,7 +179,9 @@ class _Exposed:
         for metric in self._registry.collect():
             if StatusSeries.wrote(metric):
                 continue
-            metric.samples = [s for s in metric.samples if not s.name.endswith("_created")]
+            # By its whole name: a metric that somebody adds may be called so itself.
+            created = f"{metric.name}_created"
+            metric.samples = [s for s in metric.samples if s.name != created]
             yield metric
 
 

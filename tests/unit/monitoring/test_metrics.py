@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Gauge
 from prometheus_client.parser import text_string_to_metric_families
 
 from splitlearn_manager.core.resource_manager import GpuUsage, ResourceUsage
@@ -221,6 +221,12 @@ def test_a_given_registry_is_used_and_cannot_be_shared_by_two() -> None:
     assert registry.get_sample_value("models_loaded") == 2
     with pytest.raises(ValueError, match="Duplicated"):
         MetricsCollector(registry)
+
+
+def test_a_metric_that_somebody_adds_is_exposed_whatever_its_name() -> None:
+    collector = MetricsCollector()
+    Gauge("orders_created", "Ours.", registry=collector.registry).set(3)
+    assert b"\norders_created 3.0\n" in collector.render()[0]
 
 
 def test_where_models_stand_is_asked_for_at_each_scrape() -> None:
