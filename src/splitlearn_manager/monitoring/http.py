@@ -247,8 +247,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _discard_body(self) -> None:
         """Reads a body that came with the request, so that the next request is found after it."""
-        length = _whole_number(self.headers.get("Content-Length", "0"))
+        lengths = self.headers.get_all("Content-Length", ["0"])
+        length = _whole_number(lengths[0])
         if "Expect" in self.headers or "Transfer-Encoding" in self.headers or length is None:
+            self.close_connection = True
+        elif len(lengths) > 1 or self.headers.defects:
+            # Where its body ends may be read otherwise by whoever stands between: nothing is read after it.
             self.close_connection = True
         elif length > MAX_REQUEST_BYTES:
             raise TooLarge

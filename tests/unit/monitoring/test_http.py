@@ -502,6 +502,19 @@ def test_a_length_that_is_none_ends_the_connection_after_the_answer(
     assert not [record for record in caplog.records if record.levelno > logging.DEBUG]
 
 
+@pytest.mark.parametrize(
+    "header",
+    [b"Content-Length: 0\r\nContent-Length: 40\r\n", b"Content-Length : 40\r\n"],
+    ids=["two lengths", "a length with a space in its name"],
+)
+def test_nothing_is_read_after_a_request_whose_end_is_doubtful(
+    server: MonitoringServer, header: bytes
+) -> None:
+    hidden = b"GET /metrics HTTP/1.1\r\nConnection: close\r\n\r\n"
+    received = talk(server, b"GET /healthz HTTP/1.1\r\n" + header + b"\r\n" + hidden)
+    assert received.count(b"HTTP/1.1 200 ") == 1
+
+
 @pytest.mark.parametrize("sent", [b"garbage\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"])
 def test_what_is_no_http_is_refused_in_json(server: MonitoringServer, sent: bytes) -> None:
     with socket.create_connection(("127.0.0.1", server.port), DEADLINE_S) as connection:
