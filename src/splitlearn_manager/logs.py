@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from enum import StrEnum
+
+_COMMANDS = re.compile("[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""What JSON need not escape of control characters, line separators, and what turns the text around it."""
 
 
 class LogFormat(StrEnum):
@@ -75,7 +79,15 @@ def _value(value: object) -> str:
     """A value as it is if it is one plain word, else quoted."""
     text = str(value)
     plain = text and text.isprintable() and not any(c in ' "=' for c in text)
-    return text if plain else json.dumps(text, ensure_ascii=False)
+    return text if plain else _as_json(text)
+
+
+def _as_json(value: object) -> str:
+    """JSON in which whatever might break the line, or command the terminal that it is read on, is escaped."""
+    return _COMMANDS.sub(
+        lambda found: f"\\u{ord(found[0]):04x}",
+        json.dumps(value, ensure_ascii=False, default=str),
+    )
 
 
 class _Json(logging.Formatter):
@@ -91,4 +103,4 @@ class _Json(logging.Formatter):
         line |= fields if isinstance(fields, dict) else {"msg": record.getMessage()}
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _as_json(line)

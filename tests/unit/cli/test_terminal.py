@@ -169,3 +169,16 @@ def test_what_is_no_terminal_has_nothing_that_moves(capsys: pytest.CaptureFixtur
     with Waiting() as waiting:
         waiting.say(["bert: it is Loading"])
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", LogFormat)
+def test_no_message_breaks_a_line_of_the_log_or_commands_a_terminal(form: LogFormat) -> None:
+    lines: list[str] = []
+    configure("INFO", form, lambda line, level: lines.append(line))
+    text = "a\x1bb\x7fc\x85d\x9be\u2028f\u202eg"
+    log_event(log, logging.INFO, "WorkerOutput", text)
+    (line,) = lines
+    assert line.isprintable()
+    told = line.partition("msg=")[2] if form is LogFormat.TEXT else line
+    value = json.loads(told)
+    assert (value if form is LogFormat.TEXT else value["msg"]) == text
