@@ -8,7 +8,8 @@ Only the polling thread comes here, but for the methods of `StreamOfCall`. What 
 its connection (`ConnectionFault`) or its call, never anything else.
 
 Of the whole connection a caller may send as much as it likes: what is held is bounded for each call (see
-`stream`), and calls by the server.
+`stream`), and calls by the server. Connections take turns: what one has sent beyond what can be looked at in
+`TURN_S` waits for the next look, and nothing more of it is read until then.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import socket
 import sys
 import termios
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -32,13 +34,17 @@ from splitlearn_comm.http2.stream import WINDOW, StreamOfCall
 
 _log = logging.getLogger(__name__)
 
+TURN_S = 0.005
+"""So long the frames of one connection are taken, however many and small, before others are looked at. An
+honest burst of a hundred calls is shorter."""
 _FRAME_BYTES = 1 << 20
 """The largest frame that is taken; only those of messages may be so large."""
 _MOST_OTHER_BYTES = 64 * 1024
 """The largest frame, and the longest headers, that are no message's."""
 _GIVE_BACK_AT = 1 << 30
 _STRAIGHT_BYTES = 64 * 1024
-"""If a message lacks so much, it is read to where it belongs, without a copy."""
+"""If a message lacks so much, it is read to where it belongs, without a copy. Other data is taken in pieces
+that are no larger."""
 
 _HELLO = frames.settings(
     {
@@ -81,6 +87,10 @@ class Connection:
     Args:
         connection: a socket that does not block.
         peer: who is at the other end, see `splitlearn_comm.http2.calls.Call`.
+
+    Attributes:
+        is_behind: its turn was over before all was taken that was read; `read` is to be called again soon,
+            whether more arrives or not.
     """
 
     def __init__(self, host: Host, connection: socket.socket, peer: str) -> None:
@@ -93,6 +103,7 @@ class Connection:
         self.outgoing = Outgoing(
             connection, lambda: host.watch(self), lambda: host.soon(self.close)
         )
+        self.is_behind = False
         self._headers = HeaderReader()
         self._rest = b""
         self._greeted = False
@@ -115,7 +126,10 @@ class Connection:
         """Take what has arrived; `scratch` is room for it."""
         try:
             straight = self._straight() if self._lacks >= _STRAIGHT_BYTES else None
-            if straight is not None:
+            if self.is_behind:
+                size = len(self._rest)
+                self._parse(memoryview(self._rest))
+            elif straight is not None:
                 size = self.socket.recv_into(straight[1])
                 if size:
                     self._took_straight(straight[0], size)
@@ -125,7 +139,8 @@ class Connection:
                 size = self.socket.recv_into(scratch[begin:])
                 if size:
                     self._parse(scratch[: begin + size])
-                    self.outgoing.go_on()
+            if not self.is_behind:
+                self.outgoing.go_on()
         except BlockingIOError:
             return
         except ConnectionFault as fault:
@@ -158,6 +173,7 @@ class Connection:
         if self._closed:
             return
         self._closed = True
+        self.is_behind = False
         self.outgoing.close()
         self._host.closed(self)
         self.socket.close()
@@ -177,6 +193,8 @@ class Connection:
 
     def _parse(self, data: memoryview) -> None:
         at, end = 0, len(data)
+        until_s = time.monotonic() + TURN_S
+        self.is_behind = False
         if not self._greeted:
             size = len(frames.PREFACE)
             if data[: min(end, size)] != frames.PREFACE[:end]:
@@ -188,14 +206,19 @@ class Connection:
             self.outgoing.control(_HELLO)
             at = size
         while True:
+            if 0 < at < end and time.monotonic() > until_s:
+                self.is_behind = True
+                break
             if self._lacks:
-                taken = min(self._lacks, end - at)
+                taken = min(self._lacks, end - at, _STRAIGHT_BYTES)
                 if taken:
                     self._lacks -= taken
                     self._take_data(data[at : at + taken])
                     at += taken
                 if self._lacks:
-                    break
+                    if at == end:
+                        break
+                    continue
                 self._end_of_data()
             if self._padding:
                 taken = min(self._padding, end - at)

@@ -74,6 +74,7 @@ class Server(grpc.Server):
         self._selector = selectors.DefaultSelector()
         self._listening: list[socket.socket] = []
         self._connections: set[Connection] = set()
+        self._behind: set[Connection] = set()
         self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self._polled_by = 0
         self._soon: deque[Callable[[], None]] = deque()
@@ -200,6 +201,7 @@ class Server(grpc.Server):
     def closed(self, connection: Connection) -> None:
         """The connection is no more."""
         self._connections.discard(connection)
+        self._behind.discard(connection)
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(connection.socket)
 
@@ -233,17 +235,20 @@ class Server(grpc.Server):
         if self._over:
             return None
         self._polled_by = get_ident()
-        found = self._selector.select(None if wait and not self._soon else 0)
+        behind = tuple(self._behind)
+        found = self._selector.select(None if wait and not (self._soon or behind) else 0)
         try:
             for key, events in found:
                 key.data(events)
+            for connection in behind:
+                self._read(connection)
             while self._soon:
                 self._soon.popleft()()
         except Exception:
             # An error here would end the polling thread, and with it the server. Whoever was not looked at
             # is looked at next time.
             _log.exception("what a connection needed could not be done")
-        return None if self._over else bool(found)
+        return None if self._over else bool(found or self._behind)
 
     def _wake_up(self, events: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -288,12 +293,19 @@ class Server(grpc.Server):
     def _serve(self, connection: Connection, events: int) -> None:
         if events & _WRITE and not connection.outgoing.flush():
             self._select(connection, _READ)
-        if events & _READ:
-            try:
-                connection.read(self._scratch)
-            except Exception:
-                _log.exception("peer=%s: its connection is closed", connection.peer)
-                connection.close()
+        if events & _READ and not connection.is_behind:
+            self._read(connection)
+
+    def _read(self, connection: Connection) -> None:
+        try:
+            connection.read(self._scratch)
+        except Exception:
+            _log.exception("peer=%s: its connection is closed", connection.peer)
+            connection.close()
+        if connection.is_behind:
+            self._behind.add(connection)
+        else:
+            self._behind.discard(connection)
 
     def _select(self, connection: Connection, events: int) -> None:
         if connection in self._connections:

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from splitlearn_comm.http2 import frames
+from splitlearn_comm.http2 import connection, frames
 from splitlearn_comm.http2.messages import Assembly
 from splitlearn_comm.http2.outgoing import Outgoing
 from splitlearn_comm.http2.server import Server
@@ -882,6 +882,58 @@ def test_windows_that_widen_byte_by_byte_cost_nobody_else_the_time(
         caller.h2.increment_flow_control_window(100, number)
         caller.flush()
         assert caller.wait_for_end(number)["grpc-status"] == "0"
+
+
+def test_connections_take_turns_however_much_one_has_sent(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that was read of one was taken before another was looked at: seconds, of small frames."""
+    monkeypatch.setattr(connection, "TURN_S", -1.0)
+    looking = threading.Event()
+
+    class Holds:
+        experimental_thread_pool = lab.pool
+
+        def begin(self, data: Any, call: Any) -> None:
+            looking.set()
+            assert lab.gate.wait(PATIENCE_S)
+            call.send(data)
+
+    lab.add("Holds", Holds())
+    lab.taken.keeps = True
+    with Caller(lab.port) as first, Caller(lab.port) as second:
+        for caller in (first, second):
+            assert caller.call(TWICE, b"y") == message(b"yy")
+        held = lab.channel.unary_unary("/test/Holds").future(b"x", timeout=PATIENCE_S)
+        assert looking.wait(PATIENCE_S)
+
+        def call(number: int, data: bytes) -> bytes:
+            begin, data = a_call(number, b"/test/Taken"), message(data)
+            return begin + head(len(data), frames.DATA, 1, number) + data
+
+        first.raw(b"".join(call(n, b"first") for n in range(3, 63, 2)))
+        second.raw(call(3, b"second"))
+        lab.gate.set()
+        assert held.result() == b"x"
+        eventually(lambda: len(lab.taken.kept) == 31, "all are begun")
+    assert b"second" in [data for data, _ in lab.taken.kept[:10]]
+
+
+@pytest.mark.parametrize("size", [10, 100_000, 300_000])
+def test_what_waits_for_its_turn_is_taken_in_order(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A frame, or a piece of one, at a time, with no byte after it that would tell of the rest."""
+    monkeypatch.setattr(connection, "TURN_S", -1.0)
+    parts = [bytes([n]) * size for n in range(20)]
+    with Caller(lab.port) as caller:
+        number = caller.begin("/test/Echo")
+        caller.send(number, b"".join(map(message, parts)))
+        assert caller.wait_for_end(number)["grpc-status"] == "0"
+        assert caller.data[number] == b"".join(map(message, parts))
+        assert caller.call(TWICE, b"y") == message(b"yy")
+    assert lab.unary("Twice", bytes(LIMIT // 4)) == bytes(LIMIT // 2)
+    eventually(lambda: not lab.server._behind, "nobody waits for a turn")
 
 
 def _sent_all(lab: Lab) -> bool:
