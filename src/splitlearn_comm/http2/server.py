@@ -35,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 _WAITING_CONNECTIONS = 1024
 _SCRATCH_BYTES = 256 * 1024
+_FREE_PORTS_TRIED = 16
 _LAST_WORDS_S = 0.5
 """How long at least a server that has stopped waits for its last answers to be taken."""
 _READ = selectors.EVENT_READ
@@ -382,8 +383,20 @@ def _listen(address: str) -> list[socket.socket]:
         return [listening]
     host, _, port = address.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
+    tries = 1 if int(port) else _FREE_PORTS_TRIED
+    while True:
+        tries -= 1
+        try:
+            return _listen_at(host, int(port))
+        except OSError as error:
+            # A port that is free at one of the addresses may be taken at another.
+            if not tries or error.errno != errno.EADDRINUSE:
+                raise
+
+
+def _listen_at(host: str, at: int) -> list[socket.socket]:
     found: list[socket.socket] = []
-    at, failure = int(port), None
+    failure = None
     for family, name in _names(host):
         dual = family == socket.AF_INET6 and name == "::" and socket.has_dualstack_ipv6()
         try:
@@ -392,6 +405,11 @@ def _listen(address: str) -> list[socket.socket]:
             )
         except OSError as error:
             failure = error
+            if error.errno == errno.EADDRINUSE and name != "::":
+                # Some callers of that name would get to whoever listens there.
+                for listening in found:
+                    listening.close()
+                raise
             continue
         listening.setblocking(False)
         at = listening.getsockname()[1]

@@ -9,6 +9,7 @@ import gzip
 import os
 import socket
 import struct
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -21,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitlearn_comm.http2 import connection, frames
+from splitlearn_comm.http2 import server as server_module
 from splitlearn_comm.http2.messages import Assembly
 from splitlearn_comm.http2.outgoing import Outgoing
 from splitlearn_comm.http2.server import Server
@@ -938,6 +940,38 @@ def test_what_waits_for_its_turn_is_taken_in_order(
 
 def _sent_all(lab: Lab) -> bool:
     return all(connection.outgoing.is_empty for connection in lab.server._connections)
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.1 is the only such address")
+class TestANameOfTwoAddresses:
+    """As `localhost` is where there is IPv6. Callers try one and then the other."""
+
+    @pytest.fixture(autouse=True)
+    def _two(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        two = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
+        monkeypatch.setattr(server_module, "_names", lambda host: two)
+
+    @pytest.mark.parametrize("taken", ["127.0.0.1", "127.0.0.2"])
+    def test_is_taken_if_one_of_them_is(self, taken: str) -> None:
+        """The node listened at the other one, and some of its callers got to somebody else."""
+        with socket.create_server((taken, 0)) as other, pytest.raises(OSError, match="in use"):
+            server_module._listen(f"localhost:{other.getsockname()[1]}")
+
+    def test_gets_a_port_that_is_free_at_both(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        create, failed = socket.create_server, []
+
+        def once(address: Any, **options: Any) -> socket.socket:
+            if address[0] == "127.0.0.2" and not failed:
+                failed.append(address)
+                raise OSError(errno.EADDRINUSE, "in use")
+            return create(address, **options)
+
+        monkeypatch.setattr(socket, "create_server", once)
+        listening = server_module._listen("localhost:0")
+        assert len({each.getsockname()[1] for each in listening}) == 1
+        assert len(listening) == 2
+        for each in listening:
+            each.close()
 
 
 def test_turning_callers_away_closes_no_file_of_another_thread(
