@@ -169,7 +169,7 @@ class InPool:
 
     Args:
         handler: as registered.
-        pool: runs it.
+        pool: runs it; while it is `full`, if it knows that, calls are refused.
     """
 
     def __init__(
@@ -213,6 +213,11 @@ class InPool:
 
     def _begin(self, request: object) -> None:
         self._begun = True
+        if getattr(self._pool, "full", False):
+            # Calls count until they are over for their callers, and may wait here for longer than that.
+            text = "the server has as many calls of this kind under way as it may; try again later"
+            self._stream.finish(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+            return
         try:
             self._pool.submit(self._work, request)
         except RuntimeError:

@@ -30,18 +30,15 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
 
 
-class _BeginsAlone:
-    """A streaming handler that returns at once: servers look for this attribute."""
+@dataclass(frozen=True)
+class _StaysOpen(OnPool):
+    """A handler of calls that stay open until their callers have enough, or the server stops."""
 
-    experimental_non_blocking = True
+    experimental_non_blocking: bool = False
+    ends_at_stop: bool = True
 
-    def __init__(self, begin: Callable[[Any, grpc.ServicerContext, Any], None]) -> None:
-        self._begin = begin
-
-    def __call__(
-        self, request: Any, context: grpc.ServicerContext, send_response_callback: Any
-    ) -> None:
-        self._begin(request, context, send_response_callback)
+    def __call__(self, *arguments: object) -> object:
+        return self.handle(*arguments)
 
 
 class HealthService:

@@ -886,6 +886,30 @@ def test_windows_that_widen_byte_by_byte_cost_nobody_else_the_time(
         assert caller.wait_for_end(number)["grpc-status"] == "0"
 
 
+def test_calls_that_are_cancelled_at_once_do_not_fill_a_pool_whose_threads_are_held(
+    lab: Lab,
+) -> None:
+    """They are over for the server, and each left its message with the pool."""
+    waits = lab.channel.unary_unary("/test/Waits")
+    held = [waits.future(b"", timeout=PATIENCE_S) for _ in range(8)]
+    eventually(lambda: lab.waiting == 8, "all threads are held")
+    data = message(b"x")
+    with socket.create_connection(("127.0.0.1", lab.port), PATIENCE_S) as caller:
+        caller.sendall(frames.PREFACE)
+        for n in range(1, 4001, 2):
+            begin = a_call(n, b"/test/Twice") + head(len(data), frames.DATA, 1, n) + data
+            caller.sendall(begin + head(4, frames.RESET, 0, n) + bytes(4))
+        caller.shutdown(socket.SHUT_WR)
+        while caller.recv(1 << 16):
+            pass
+    assert lab.pool._work_queue.qsize() <= lab.pool.limit
+    assert lab.refusal("Twice")[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+    lab.gate.set()
+    assert [call.result() for call in held] == 8 * [b"waited"]
+    eventually(lambda: not lab.pool.full, "there is room again")
+    assert lab.unary("Twice", b"x") == b"xx"
+
+
 def test_connections_take_turns_however_much_one_has_sent(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
