@@ -167,6 +167,9 @@ class TakenOverStream:
 class InPool:
     """Any call whose function a thread of a pool runs.
 
+    A function with a true attribute `ends_at_stop` is one whose calls are open for what may come, and do not
+    keep a server that stops.
+
     Args:
         handler: as registered.
         pool: runs it; while it is `full`, if it knows that, calls are refused.
@@ -208,6 +211,18 @@ class InPool:
     def over(self) -> None:
         self._requests.put(_DONE)
         self._context.end()
+
+    def stopping(self) -> None:
+        """The server stops, which ends a call that is open for what may come, after what has come."""
+        if not getattr(_function(self._handler), "ends_at_stop", False):
+            return
+        status, details = grpc.StatusCode.UNAVAILABLE, "the server is stopping"
+        if self._handler.request_streaming:
+            self._context.set_code(status)
+            self._context.set_details(details)
+            self._requests.put(_DONE)
+        else:
+            self._stream.finish(status, details)
 
     # In the pool.
 

@@ -322,6 +322,9 @@ class Server(grpc.Server):
             listening.close()
         for connection in tuple(self._connections):
             connection.leave()
+            for stream in list(connection.streams.values()):
+                if isinstance(stream.handler, InPool):
+                    stream.handler.stopping()
 
     def _end(self, until_s: float) -> None:
         with self._idle:

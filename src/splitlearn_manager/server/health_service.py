@@ -1,7 +1,7 @@
 """`grpc.health.v1` for the node and for each model, and server reflection.
 
-The service name "" stands for the node, a model's id (or endpoint) for the model. Neither runs on the
-threads of compute calls, so that a probe is answered while all of those are busy. A stream of reflection
+The service name "" stands for the node, a model's id (or endpoint) for the model. Both services run on
+threads of their own, so that a probe is answered while all others are busy. A stream of reflection
 keeps its thread for as long as its caller keeps it open, which must not cost a probe its own; whoever
 watches a name keeps none.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,9 +22,13 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from splitlearn_comm.server.grpc_server import SERVICE, OnPool
+from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.routing.table import RoutingTable
 
+_WORKERS = 2
+_WAITING = 64
+"""Calls that wait for a thread. Further ones are refused, so that nobody can fill the memory with them."""
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 _UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
@@ -52,8 +56,11 @@ class HealthService:
 
     def register(self, server: grpc.Server) -> None:
         """Adds the service; the node itself is SERVING from now on."""
+        pool = BoundedPool("grpc-health", _WORKERS, _WAITING)
         servicer = SimpleNamespace(
-            Check=self._check, List=self._list, Watch=_BeginsAlone(self._watch)
+            Check=OnPool(self._check, pool),
+            List=OnPool(self._list, pool),
+            Watch=_StaysOpen(self._watch, pool, experimental_non_blocking=True),
         )
         health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
         with self._lock:
@@ -128,7 +135,7 @@ class HealthService:
 def enable_reflection(server: grpc.Server) -> None:
     """Lets tools such as grpcurl ask which services there are."""
     names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
-    pool = ThreadPoolExecutor(2, thread_name_prefix="grpc-reflection")
-    tells = OnPool(reflection.ReflectionServicer(names).ServerReflectionInfo, pool)
+    pool = BoundedPool("grpc-reflection", _WORKERS, _WAITING)
+    tells = _StaysOpen(reflection.ReflectionServicer(names).ServerReflectionInfo, pool)
     servicer = SimpleNamespace(ServerReflectionInfo=tells)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)

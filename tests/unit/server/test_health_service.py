@@ -6,14 +6,18 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from splitlearn_comm.http2.server import Server
+from splitlearn_comm.server.pool import BoundedPool
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner
-from splitlearn_manager.server.health_service import HealthService
+from splitlearn_manager.server.health_service import HealthService, enable_reflection
 from support.fakes import Bench, model
 
 SERVICE = "splitlearn.comm.ComputeService"
@@ -178,3 +182,31 @@ def test_nothing_is_kept_of_callers_that_have_gone(probed: Probed) -> None:
         gc.collect()
         assert told() is None
     assert not service._watching
+
+
+def test_what_stays_open_does_not_keep_a_node_that_stops() -> None:
+    """A watch, or a tool that has asked what there is, kept it for all of the grace period."""
+    pool = BoundedPool("test", 2, 8)
+    server = Server(pool, max_message_length=1000, max_calls=10)
+    service = HealthService()
+    service.register(server)
+    enable_reflection(server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    asked: SimpleQueue[reflection_pb2.ServerReflectionRequest] = SimpleQueue()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+        assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+        tells = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter(asked.get, None)
+        )
+        asked.put(reflection_pb2.ServerReflectionRequest(list_services=""))
+        assert SERVICE in str(next(tells))
+        service.drain()
+        assert server.stop(1000.0).wait(30.0)
+        assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        for stream in (watch, tells):
+            with pytest.raises(grpc.RpcError) as caught:
+                next(stream)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    pool.shutdown(wait=False)
