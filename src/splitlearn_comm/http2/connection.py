@@ -72,6 +72,14 @@ class Host(Protocol):
         """Have the polling thread do something."""
         ...
 
+    def aside(self, work: Callable[[], None]) -> None:
+        """Have another thread do something that takes long.
+
+        Raises:
+            RuntimeError: if there is too much of that.
+        """
+        ...
+
     def watch(self, connection: Connection) -> None:
         """Tell the connection when the system takes more."""
         ...
@@ -96,7 +104,7 @@ class Connection:
     def __init__(self, host: Host, connection: socket.socket, peer: str) -> None:
         self._host = host
         self.max_message_length = host.max_message_length
-        self.soon, self.ended = host.soon, host.ended
+        self.soon, self.ended, self.aside = host.soon, host.ended, host.aside
         self.socket = connection
         self.peer = peer
         self.streams: dict[int, StreamOfCall] = {}

@@ -1,7 +1,7 @@
 """The messages within a call: each with a byte that says whether it is compressed, and its size before it.
 
 A compressed one stays as it came until it is wanted, see `Assembly.plain`: it may be a thousandth of what it
-becomes.
+becomes. Nor is it unpacked where everybody waits for that, unless it is small, see `Assembly.plain_if_small`.
 
 A message that comes in one piece is copied once out of the buffer that all connections read into. For a
 longer one memory is taken when its size is known and allowed, and it is filled as the pieces come.
@@ -20,6 +20,8 @@ from splitlearn_comm.core.frames import Bytes
 PREFIX_BYTES = 5
 _PREFIX = struct.Struct(">BI")
 _GZIP = 16 + zlib.MAX_WBITS
+_SMALL_BYTES = 16 * 1024
+_SMALL_PLAIN_BYTES = 64 * 1024
 _WINDOW_BITS = {"gzip": _GZIP, "deflate": zlib.MAX_WBITS}
 
 
@@ -133,8 +135,19 @@ class Assembly:
             if not piece:
                 return messages
 
+    def plain_if_small(self, message: Compressed) -> Bytes | None:
+        """What was compressed, if there is little of it and nothing wrong with it: None, soon, if not."""
+        if len(message.data) > _SMALL_BYTES:
+            return None
+        unpacking = zlib.decompressobj(_WINDOW_BITS[self._encoding])
+        try:
+            plain = unpacking.decompress(message.data, _SMALL_PLAIN_BYTES)
+        except zlib.error:
+            return None
+        return plain if unpacking.eof and len(plain) <= self._max_bytes else None
+
     def plain(self, message: Compressed) -> Bytes:
-        """What was compressed.
+        """What was compressed; on any thread.
 
         Raises:
             MessageFault: if it was not, or is too large.

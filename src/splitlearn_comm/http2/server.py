@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -84,6 +85,8 @@ class Server(grpc.Server):
         self._woken.setblocking(False)
         self._selector.register(self._woken, _READ, self._wake_up)
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="grpc-aside")
+        self._asides = 0
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._calls = 0
@@ -194,6 +197,24 @@ class Server(grpc.Server):
         if get_ident() != self._polled_by:
             with contextlib.suppress(OSError):
                 self._waker.send(b"x")
+
+    def aside(self, work: Callable[[], None]) -> None:
+        """Have another thread do something that takes long; asked for by the polling thread.
+
+        Raises:
+            RuntimeError: if there is too much of that, for calls that may be over.
+        """
+
+        def counted() -> None:
+            work()
+            with self._lock:
+                self._asides -= 1
+
+        with self._lock:
+            if self._asides >= self._max_calls:
+                raise RuntimeError("too much is done aside")
+            self._asides += 1
+        self._aside.submit(counted)
 
     def watch(self, connection: Connection) -> None:
         """Tell the connection when the system takes more."""
@@ -368,6 +389,7 @@ class Server(grpc.Server):
         self._waker.close()
         self._woken.close()
         self._let_spare_go()
+        self._aside.shutdown(wait=False)
         self._stopped.set()
 
 

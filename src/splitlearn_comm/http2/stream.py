@@ -89,6 +89,14 @@ class Carrier(Protocol):
         """A call has ended; on any thread."""
         ...
 
+    def aside(self, work: Callable[[], None]) -> None:
+        """Have another thread do something that takes long.
+
+        Raises:
+            RuntimeError: if there is too much of that.
+        """
+        ...
+
 
 class StreamOfCall:
     """One call, until its answer has gone out. Its methods may be called from any thread.
@@ -99,6 +107,7 @@ class StreamOfCall:
         active: whether somebody waits for the answer.
         trailing: metadata that ends the answer.
         handler: what the call is handled by.
+        unpacking: a message of it is being unpacked, and no later one is handed over before that.
         is_ending: the last frame of its messages has begun; with `is_whole` all of them have arrived.
     """
 
@@ -115,6 +124,7 @@ class StreamOfCall:
         "lane",
         "paused",
         "trailing",
+        "unpacking",
         "until_s",
     )
 
@@ -130,6 +140,7 @@ class StreamOfCall:
         self.granted = WINDOW
         self.held: deque[Bytes | Compressed] = deque()
         self.paused = False
+        self.unpacking = False
         self.is_ending = False
         self.is_whole = False
 
@@ -203,16 +214,18 @@ class StreamOfCall:
 
     def take(self, message: Bytes | Compressed) -> None:
         """A message is complete."""
-        if self.paused:
+        if self.paused or self.unpacking:
             self.held.append(message)
             return
+        if isinstance(message, Compressed):
+            plain = self.assembly.plain_if_small(message)
+            if plain is None:
+                self._unpack_aside(message)
+                return
+            message = plain
         assert self.handler is not None
         try:
-            if isinstance(message, Compressed):
-                message = self.assembly.plain(message)
             self.paused = not self.handler.message(message)
-        except MessageFault as fault:
-            self.finish(fault.status, fault.details)
         except Exception:
             # An error here would end the polling thread, and with it the server.
             _log.exception("a message could not be taken")
@@ -221,16 +234,42 @@ class StreamOfCall:
     def resume(self) -> None:
         """Hand over what has arrived meanwhile, and ask for more."""
         self.paused = False
-        while self.held and not self.paused and self.active:
+        while self.held and not self.paused and not self.unpacking and self.active:
             self.take(self.held.popleft())
         if self.is_whole and not self.held and not self.paused:
             self.sender_done()
         else:
             self.grant()
 
+    def _unpack_aside(self, message: Compressed) -> None:
+        """Unpack a message on another thread: what is tiny as it comes may take tenths of a second."""
+
+        def unpack() -> None:
+            try:
+                if self.active:
+                    plain = self.assembly.plain(message)
+                    self.connection.soon(lambda: self._unpacked(plain))
+            except MessageFault as fault:
+                self.finish(fault.status, fault.details)
+            except Exception:
+                _log.exception("a message could not be unpacked")
+                self.finish(grpc.StatusCode.INTERNAL, "the server could not read the request")
+
+        self.unpacking = True
+        try:
+            self.connection.aside(unpack)
+        except RuntimeError:
+            text = "the server has too many compressed messages to unpack; try again later"
+            self.finish(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+
+    def _unpacked(self, plain: Bytes) -> None:
+        self.unpacking = False
+        self.held.appendleft(plain)
+        self.resume()
+
     def grant(self) -> None:
         """Let the caller send on, if it should."""
-        if self.paused or self.is_whole or not self.active:
+        if self.paused or self.unpacking or self.is_whole or not self.active:
             return
         wanted = max(self.assembly.missing, WINDOW)
         if self.granted < wanted // 2 or self.granted < self.assembly.missing:
@@ -241,7 +280,7 @@ class StreamOfCall:
     def sender_done(self) -> None:
         """The caller sends nothing more."""
         self.is_whole = True
-        if self.held or self.paused or not self.active:
+        if self.held or self.paused or self.unpacking or not self.active:
             return
         assert self.handler is not None
         try:

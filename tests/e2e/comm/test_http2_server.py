@@ -655,6 +655,51 @@ class TestByHttp2:
             assert caller.wait_for_end(number)["grpc-status"] == "0"
             assert lab.echo.received_all == 5 * [bytes(LIMIT)]
 
+    @pytest.mark.parametrize("name", ["Twice", "Taken", "Echo"])
+    def test_nobody_waits_while_a_message_is_unpacked(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """A hundred kilobytes became a hundred megabytes on the thread that serves everybody."""
+        plain = Assembly.plain
+
+        def waits(assembly: Assembly, packed: Any) -> Any:
+            lab.wait()
+            return plain(assembly, packed)
+
+        monkeypatch.setattr(Assembly, "plain", waits)
+        with Caller(lab.port) as caller:
+            number = caller.begin(f"/test/{name}", ("grpc-encoding", "gzip"))
+            data = bytes(LIMIT // 4)
+            # What comes behind it is not handed over before it.
+            more = message(b"more") + message(gzip.compress(b"most"), 1)
+            caller.send(number, message(gzip.compress(data), 1) + more)
+            eventually(lambda: lab.waiting == 1, "it is being unpacked")
+            assert lab.unary("Twice", b"x") == b"xx"
+            lab.gate.set()
+            assert caller.wait_for_end(number)["grpc-status"] == "0"
+            wanted = {
+                "Twice": message(data * 2),
+                "Taken": message(data + b"|" + data),
+                "Echo": message(data) + message(b"more") + message(b"most"),
+            }
+            assert caller.data[number] == wanted[name]
+
+    def test_a_call_that_ends_while_its_message_is_unpacked_is_over(
+        self, lab: Lab, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(Assembly, "plain", lambda assembly, packed: lab.wait())
+        with Caller(lab.port) as caller:
+            packed = message(gzip.compress(bytes(LIMIT)), 1)
+            for _ in range(3):
+                number = caller.begin("/test/Taken", ("grpc-encoding", "gzip"))
+                caller.send(number, packed)
+                caller.h2.reset_stream(number)
+                caller.flush()
+            assert caller.call(TWICE, b"y") == message(b"yy")
+            lab.gate.set()
+            eventually(lambda: lab.server._calls == 0 and lab.server._asides == 0, "all are over")
+            assert lab.pool._outstanding == 0
+
     def test_a_paused_stream_takes_no_more_than_its_window(self, lab: Lab) -> None:
         lab.echo.closed = True
         with Caller(lab.port) as caller:
