@@ -268,7 +268,8 @@ class ModelComputeFunction(ComputeFunction):
 
         Raises:
             InvalidRequest: if `grad_output` has not the output's shape, or `learning_rate` (or, with it,
-                the gradient) is not finite. The forward stays kept.
+                the gradient) is not finite. The forward stays kept. It does not where the step would make
+                weights NaN or infinite, which is known only after it; that step is not taken.
             UnknownTarget: if no forward is kept under `forward_id`.
         """
         _check_step(grad_output, learning_rate)

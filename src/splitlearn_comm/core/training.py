@@ -175,12 +175,14 @@ class ParameterSlots:
     def stepped(
         self, grads: Sequence[torch.Tensor | None], learning_rate: float
     ) -> tuple[nn.Parameter | None, ...]:
-        """Return p - learning_rate * grad as a new Parameter for each slot that has a gradient."""
+        """Return p - learning_rate * grad as a new Parameter for each slot that has a gradient.
+
+        Raises:
+            InvalidRequest: if the step would make weights NaN or infinite.
+        """
         with torch.no_grad():
             return tuple(
-                None
-                if grad is None
-                else nn.Parameter(p.detach().sub(grad, alpha=learning_rate), p.requires_grad)
+                None if grad is None else _stepped(p, grad, learning_rate)
                 for p, grad in zip(self.current(), grads, strict=True)
             )
 
@@ -192,3 +194,16 @@ class ParameterSlots:
             for owner, name in slot:
                 # setattr, because some modules (the RNNs) keep further references that it updates.
                 setattr(owner, name, parameter)
+
+
+def _stepped(parameter: nn.Parameter, grad: torch.Tensor, learning_rate: float) -> nn.Parameter:
+    before = parameter.detach()
+    # A rate that is none of a small dtype would be an error of torch's.
+    if learning_rate <= torch.finfo(before.dtype).max:
+        after = before.sub(grad, alpha=learning_rate)
+        if bool((after.isfinite() | ~before.isfinite()).all()):
+            return nn.Parameter(after, parameter.requires_grad)
+    raise InvalidRequest(
+        f"the step (learning_rate {learning_rate:g}) would make weights NaN or infinite: it was not taken, "
+        "and the forward is used up"
+    )

@@ -315,6 +315,54 @@ def test_gradient_that_would_ruin_the_weights_is_refused() -> None:
     assert function.backward("a", grad).isnan().any()
 
 
+class Root(nn.Module):
+    """Its slope at zero is infinite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * self.factor).abs().sqrt()
+
+
+@pytest.mark.parametrize(
+    ("served", "gradient", "rate"),
+    [
+        (Root(), 1.0, 0.1),
+        (nn.Linear(4, 4), 1e10, 1e38),
+        # The gradient fits the wire's float32, and the weights' dtype only as infinity.
+        (nn.Linear(4, 4).half(), 1e6, 0.1),
+        (nn.Linear(4, 4).half(), 2.0, 6e4),
+        (nn.Linear(4, 4).half(), 1.0, 1e6),
+    ],
+)
+def test_step_that_would_ruin_the_weights_is_refused(
+    served: nn.Module, gradient: float, rate: float
+) -> None:
+    before = copy_of(served).state_dict()
+    function = ModelComputeFunction(served)
+    function.forward_for_training(torch.ones(1, 4), "a")
+    with pytest.raises(InvalidRequest, match="NaN or infinite"):
+        function.backward("a", torch.full((1, 4), gradient), learning_rate=rate)
+    assert all(torch.equal(p, before[name]) for name, p in served.named_parameters())
+
+
+def test_weights_that_are_infinite_on_purpose_do_not_stop_training() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Parameter(torch.tensor([0.0, -math.inf]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x + self.bias).softmax(-1)
+
+    function = ModelComputeFunction(Masked())
+    function.forward_for_training(torch.ones(1, 2), "a")
+    function.backward("a", torch.ones(1, 2), learning_rate=0.1)
+    assert function.compute(torch.ones(1, 2)).tolist() == [[1.0, 0.0]]
+
+
 class Product(nn.Module):
     """Two factors that every step changes together; between them, other threads get their chance."""
 
