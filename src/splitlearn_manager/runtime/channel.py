@@ -37,6 +37,10 @@ class Closed(Exception):
     """The other end is gone."""
 
 
+class DescriptorsLost(Closed):
+    """This process has no descriptors left for those that came with a message; the other end lives."""
+
+
 class Channel:
     """One end. Each direction is for one thread at a time."""
 
@@ -83,7 +87,7 @@ class Channel:
         """The next message, an object, and the descriptors that came with it, the caller's to close.
 
         Raises:
-            Closed: no whole message comes any more.
+            Closed: no whole message comes any more; DescriptorsLost if that is for want of our own means.
             TimeoutError: none came in time; what has come of it is kept.
         """
         message, descriptors = self.receive_any(timeout_s)
@@ -104,7 +108,10 @@ class Channel:
             return self._message(end)
         except TimeoutError:
             raise
-        except (OSError, ValueError, Closed) as error:
+        except Closed:
+            self._drop_descriptors()
+            raise
+        except (OSError, ValueError) as error:
             self._drop_descriptors()
             raise Closed from error
 
@@ -116,12 +123,14 @@ class Channel:
             raise TimeoutError
 
     def _some(self) -> bytes:
-        data, ancillary, _, _ = self._socket.recvmsg(_AT_ONCE, _SPACE, _FLAGS)
+        data, ancillary, flags, _ = self._socket.recvmsg(_AT_ONCE, _SPACE, _FLAGS)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 found = array.array("i")
                 found.frombytes(payload[: len(payload) // found.itemsize * found.itemsize])
                 self._descriptors.extend(found)
+        if flags & socket.MSG_CTRUNC:
+            raise DescriptorsLost("there are no file descriptors left")
         if not data:
             raise Closed
         return data

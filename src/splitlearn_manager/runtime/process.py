@@ -19,7 +19,7 @@ import torch
 
 from splitlearn_comm.core.compute_function import ComputeFunction, KeyValues, invoke, on_cpu
 from splitlearn_comm.core.deadlines import deadline_s
-from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
+from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed, Overloaded
 from splitlearn_comm.core.packed import Output, Packed, Rows, joined, strung
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.errors import LoadError, LoadTimeout, ModelUnavailable, WorkerDied
@@ -29,7 +29,7 @@ from splitlearn_manager.runtime.base import (
     ComputesSequences,
     Joining,
 )
-from splitlearn_manager.runtime.channel import Closed, Message
+from splitlearn_manager.runtime.channel import Closed, DescriptorsLost, Message
 from splitlearn_manager.runtime.forward_message import can_be_told
 from splitlearn_manager.runtime.lent_weights import LentWeights
 from splitlearn_manager.runtime.sequences import answers
@@ -117,6 +117,10 @@ def _load(
         raise LoadTimeout(
             f"model {model_id!r} was not loaded within load_timeout_s = {config.load_timeout_s:g} s; "
             "its worker process has been ended"
+        ) from None
+    except DescriptorsLost as lost:
+        raise LoadError(
+            f"model {model_id!r}: its weights cannot be kept for others: {lost}"
         ) from None
     except Closed:
         why = worker.why_ended() or "it has closed its connection"
@@ -296,7 +300,8 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
 
         Raises:
             ComputeError: as the model's own function would; ComputeFailed (reason `WorkerDied`) if the
-                process ends meanwhile, DeadlinePassed if it had to be ended for it.
+                process ends meanwhile, DeadlinePassed if it had to be ended for it, Overloaded if this
+                process has not the means to ask.
         """
 
         def ask(
@@ -328,6 +333,12 @@ class InWorker(ComputeFunction, ComputesRows, ComputesSequences):
                 f"model {self._model_id!r} has not answered for {monotonic() - begun_s:.1f} s, long past "
                 "the caller's deadline: its worker process has been ended",
                 "ForwardHangs",
+            ) from None
+        except (DescriptorsLost, OSError) as lacking:
+            # This process has not the means; the worker is well.
+            raise Overloaded(
+                f"model {self._model_id!r}: the node cannot ask its worker process, or take the answer: "
+                f"{lacking}"
             ) from None
         except Closed:
             if not (why := self._worker.why_ended()):

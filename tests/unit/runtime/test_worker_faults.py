@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import threading
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from splitlearn_comm.core.deadlines import working_for
-from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed
+from splitlearn_comm.core.errors import ComputeFailed, DeadlinePassed, Overloaded
 from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.model_reader import ModelReader
@@ -35,6 +36,7 @@ RUNTIME = ProcessRuntime()
 CODE = """
 import os, sys, time
 from pathlib import Path
+import torch
 from torch import nn
 
 BESIDE = Path(__file__).parent
@@ -79,6 +81,9 @@ class Net(nn.Module):
                 self.opened.append(open(os.devnull))
         except OSError:
             return x
+
+    def large(self, x):
+        return torch.zeros(2**20)
 
     def previous(self, x):
         # What it was asked before, and first of all an error.
@@ -240,6 +245,31 @@ def test_a_worker_that_cannot_go_on_is_ended(
         running.compute_function.compute(large)
     eventually(lambda: told, "its end is told", 20)
     assert "it has closed a connection" in told[0].message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts what is open")
+def test_an_answer_for_which_the_node_has_no_descriptors_harms_nobody(
+    code: Path, started: list[RunningInProcess]
+) -> None:
+    """Seen to fail: after ten seconds the worker was ended, which was said to have closed its connection."""
+    running = start(code, "large", started)
+    told: list[LoadError] = []
+    running.when_ended(told.append)
+    assert still_answers(running)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.open(os.devnull, os.O_RDONLY)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+    try:
+        # The answer comes in a new area; the request after it needs a new connection.
+        with pytest.raises(Overloaded, match="no file descriptors left"):
+            fulfil(running)
+        with pytest.raises(Overloaded, match="Too many open files"):
+            fulfil(running)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert fulfil(running).numel() == 2**20
+    assert told == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what is open")
