@@ -46,6 +46,7 @@ class Worker:
         self._control = control
         self._kill = kill
         self._lock = threading.Lock()
+        self._connecting = threading.Lock()
         self._all: set[Connection] = set()
         self._free: list[Connection] = []
         self._ended = threading.Event()
@@ -81,13 +82,17 @@ class Worker:
         mine, other = pair()
         connection = Connection(mine)
         try:
-            with other, self._lock:
-                if self._closing or self._ended.is_set():
-                    raise Closed
-                self._control.send({"op": "connect"}, (other.fileno(),))
-                self._all.add(connection)
-        except Closed:
-            mine.close()
+            with other:
+                with self._lock:
+                    if self._closing or self._ended.is_set():
+                        raise Closed
+                    self._all.add(connection)
+                # Under a lock of its own: a worker that stands still takes some hundred, and then none
+                # before it is ended, which must not wait for this.
+                with self._connecting:
+                    self._control.send({"op": "connect"}, (other.fileno(),))
+        except BaseException:
+            self._drop(connection)
             raise
         return connection
 

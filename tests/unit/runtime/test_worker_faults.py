@@ -23,7 +23,7 @@ from splitlearn_manager.core.model_reader import ModelReader
 from splitlearn_manager.errors import LoadError, LoadTimeout, WorkerDied
 from splitlearn_manager.runtime import workers
 from splitlearn_manager.runtime.base import ComputesRows, Joining
-from splitlearn_manager.runtime.channel import Channel, pair
+from splitlearn_manager.runtime.channel import Channel, Closed, pair
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from splitlearn_manager.runtime.worker_connection import Connection
@@ -280,6 +280,37 @@ def test_memory_that_is_refused_leaves_no_descriptor_open() -> None:
         with pytest.raises((OSError, OverflowError)):
             Area.of_size(size)
     assert len([*Path("/proc/self/fd").iterdir()]) == before
+
+
+def test_a_worker_that_takes_no_connection_can_be_ended(
+    code: Path, started: list[RunningInProcess], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: of one that stood still, some three hundred were asked for; the next held the lock that
+    ending it needs, and waited for room in its socket."""
+    running = start(code, "sparse", started)
+    worker = running._worker
+    waits, ended = threading.Event(), threading.Event()
+
+    def is_full(*_: object) -> None:
+        waits.set()
+        ended.wait(60)
+        raise Closed
+
+    monkeypatch.setattr(worker._control, "send", is_full)
+    failed: list[BaseException] = []
+    with worker.connection():
+        # That of the load, which is in use: another one is needed.
+        asking = in_the_background(running, failed, for_s=300.0)
+        assert waits.wait(20)
+        closing = threading.Thread(target=running.close, daemon=True)
+        closing.start()
+        closing.join(20)
+    stays = closing.is_alive()
+    ended.set()
+    asking.join(20)
+    closing.join(20)
+    assert not stays
+    assert "has been unloaded" in str(failed[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
