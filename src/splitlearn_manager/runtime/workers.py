@@ -223,9 +223,18 @@ class _ForkServer:
         self._workers: dict[int, Worker] = {}
         self._forked: Callable[[Message], None] | None = None
         self._answered = threading.Event()
-        if self._channel.receive(_STARTS_WITHIN_S)[0] != {"op": "ready"}:
-            raise Closed
-        threading.Thread(target=self._hear, name="fork-server", daemon=True).start()
+        try:
+            if self._channel.receive(_STARTS_WITHIN_S)[0] != {"op": "ready"}:
+                raise Closed
+            threading.Thread(target=self._hear, name="fork-server", daemon=True).start()
+        except BaseException as error:
+            self._process.kill()
+            self._process.wait()
+            self._channel.close()
+            if isinstance(error, TimeoutError):
+                why = f"the process that forks them was not ready within {_STARTS_WITHIN_S:g} s"
+                raise OSError(why) from None
+            raise
 
     def fork(self, control: Channel, descriptors: Sequence[int], imports: Sequence[str]) -> Worker:
         """Raises Closed; or OSError, with the system's reason to refuse another process."""

@@ -482,6 +482,19 @@ def test_where_the_process_that_forks_does_not_answer_another_one_does(
     first.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_a_process_that_forks_and_is_not_ready_in_time_is_ended(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: it stayed, one more with each retry, and was said to have ended."""
+    before = {child.pid for child in psutil.Process().children()}
+    monkeypatch.setattr(workers, "_STARTS_WITHIN_S", 0.05)
+    config = model_config("faulty_net:make", config={"kwargs": {"wish": "sparse"}}, warmup=False)
+    with pytest.raises(WorkerDied, match=r"was not ready within 0\.05 s"):
+        ProcessRuntime().start(config.with_base_dir(code), "cpu")
+    assert {child.pid for child in psutil.Process().children()} <= before
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux seals files")
 def test_memory_that_a_worker_could_take_away_is_not_read(tmp_path: Path) -> None:
     """Seen to fail: a model that made an area of its own and cut it off ended the node by SIGBUS."""
