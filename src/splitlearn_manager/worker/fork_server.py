@@ -3,9 +3,10 @@
     node ──{"op": "fork"}, descriptors──► fork server ──fork──► worker
          ◄─{"op": "ended", "pid", "status"}──┘
 
-Run as `python -m splitlearn_manager.worker.fork_server DESCRIPTOR`. It has one thread and never runs a
-model, so that a fork of it is clean. It ends with the node, whose end of the socket closes then, and the
-workers end with it: the kernel kills them (Linux), or they read the end of their own sockets.
+Run as `python -m splitlearn_manager.worker.fork_server DESCRIPTOR`. It has one thread when it forks and
+never runs a model, so that a fork of it is clean. What a fork needs is imported by a second one before, so
+that workers are ended, and their ends told, meanwhile. It ends with the node, whose end of the socket closes
+then, and the workers end with it: the kernel kills them (Linux), or they read the end of their own sockets.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import selectors
 import signal
 import socket
 import sys
+import threading
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -43,29 +46,40 @@ def main(descriptor: int) -> None:
     selector.register(channel, selectors.EVENT_READ)
     selector.register(woken, selectors.EVENT_READ)
     children: set[int] = set()
+
+    def attend() -> None:
+        """Wait until something has happened, and see to it."""
+        for key, _ in selector.select():
+            if key.fileobj is channel:
+                obey()
+                while channel.has_message:
+                    obey()
+            else:
+                with suppress(BlockingIOError):
+                    os.read(woken, 4096)
+        _reap(channel, children)
+
+    def obey() -> None:
+        _obey(channel, children, (descriptor, woken, wakes, selector), attend)
+
     try:
         while True:
-            for key, _ in selector.select():
-                if key.fileobj is channel:
-                    _obey(channel, children, (descriptor, woken, wakes, selector))
-                    while channel.has_message:
-                        _obey(channel, children, (descriptor, woken, wakes, selector))
-                else:
-                    os.read(woken, 4096)
-            _reap(channel, children)
+            attend()
     except Closed:
         for pid in children:
             _kill(pid)
 
 
-def _obey(channel: Channel, children: set[int], ours: tuple[Any, ...]) -> None:
+def _obey(
+    channel: Channel, children: set[int], ours: tuple[Any, ...], attend: Callable[[], None]
+) -> None:
     message, descriptors = channel.receive()
     if message["op"] == "kill":
         # Only what has not been reaped: its id is nobody else's yet.
         if message["pid"] in children:
             _kill(message["pid"])
         return
-    _import_all(message.get("import", ()))
+    _import_beside(message.get("import", ()), ours[2], attend)
     parent = os.getpid()
     answer: Message
     try:
@@ -159,6 +173,29 @@ def _draw_anew() -> None:
     random.seed()
     np.random.seed(random.getrandbits(32))
     torch.seed()
+
+
+def _import_beside(names: Any, wakes: int, attend: Callable[[], None]) -> None:
+    """Import modules in another thread, which has ended when this returns, and attend meanwhile.
+
+    The node asks for nothing but ends then: it waits for this fork before it asks for another one.
+    """
+    missing = [name for name in names if name not in sys.modules]
+    if not missing:
+        return
+    done = threading.Event()
+
+    def import_them() -> None:
+        _import_all(missing)
+        done.set()
+        with suppress(BlockingIOError):
+            os.write(wakes, b"\0")
+
+    importing = threading.Thread(target=import_them, daemon=True)
+    importing.start()
+    while not done.is_set():
+        attend()
+    importing.join()
 
 
 def _import_all(names: Any) -> None:

@@ -27,6 +27,7 @@ from splitlearn_manager.runtime.channel import Channel, Closed, pair
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from splitlearn_manager.runtime.worker_connection import Connection
+from splitlearn_manager.runtime.workers import Worker, WorkerStarter
 from support.fakes import FakeFiles
 from support.models import model_config
 from support.waiting import eventually
@@ -480,6 +481,45 @@ def test_where_the_process_that_forks_does_not_answer_another_one_does(
     finally:
         os.kill(forks, signal.SIGCONT)
     first.close()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_are_ended_while_the_process_that_forks_imports(
+    code: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: an unload took ten seconds, and logged that the worker does not end; a worker that was
+    killed was told to have closed its connection."""
+    (code / "takes_long.py").write_text(
+        "import time\nfrom pathlib import Path\n\nbeside = Path(__file__).parent\n"
+        "(beside / 'importing').touch()\n"
+        "while not (beside / 'imported').exists():\n    time.sleep(0.01)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(code), os.environ.get("PYTHONPATH", "")]))
+    starter = WorkerStarter()
+    runtime = ProcessRuntime(starter)
+    config = model_config("faulty_net:make", config={"kwargs": {"wish": "hangs"}}, warmup=False)
+    config = config.with_base_dir(code)
+    first, second = (runtime.start(config, "cpu") for _ in range(2))
+    failed: list[BaseException] = []
+    asking = in_the_background(second, failed)
+    eventually((code / "inside").exists, "the request is inside", 20)
+    third: list[Worker] = []
+    starting = threading.Thread(
+        target=lambda: third.append(starter.start("third", ("takes_long",))), daemon=True
+    )
+    starting.start()
+    try:
+        eventually((code / "importing").exists, "it imports", 20)
+        first.close()
+        assert first._worker.why_ended() == "it has been unloaded"
+        os.kill(second._worker.pid, signal.SIGKILL)
+        asking.join(30)
+        assert "SIGKILL" in str(failed[0])
+    finally:
+        (code / "imported").touch()
+        second.close()
+    starting.join(20)
+    third[0].close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
