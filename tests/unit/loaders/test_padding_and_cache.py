@@ -174,6 +174,17 @@ def test_a_cache_that_does_not_fit_is_refused(gpt2: nn.Module) -> None:
         gpt2(IDS[:, 3:], past_key_values=flat)
 
 
+def test_a_cache_of_a_model_of_other_sizes_is_refused(gpt2: nn.Module) -> None:
+    """Seen to fail: it was an error of the model, which clients send again."""
+    _, presents = gpt2(IDS[:, :3], use_cache=True)
+    fewer_heads = tuple((key[:, :1], value[:, :1]) for key, value in presents)
+    smaller = tuple((key, value[..., :4]) for key, value in presents)
+    for other in (fewer_heads, smaller):
+        with pytest.raises(InvalidRequest, match="the model has"):
+            gpt2(IDS[:, 3:], past_key_values=other)
+    gpt2(IDS[:, 3:], past_key_values=presents)
+
+
 def test_the_cached_positions_count_towards_the_limit(gpt2: nn.Module) -> None:
     _, presents = gpt2(torch.full((1, 30), 5), use_cache=True)
     gpt2(torch.full((1, 2), 5), past_key_values=presents)

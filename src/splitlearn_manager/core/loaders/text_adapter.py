@@ -275,6 +275,7 @@ class CausalTextAdapter(_TokenModel):
     """A decoder, which can go on from the keys and values of earlier calls."""
 
     looks_back = True
+    _sizes: set[tuple[int, int]] | None = None
 
     def forward(
         self,
@@ -294,8 +295,8 @@ class CausalTextAdapter(_TokenModel):
         """
         if past_key_values is None and not use_cache:
             return self._answer(x)
-        past_length = self._check_past(x, past_key_values)
         self._check(x)
+        past_length = self._check_past(x, past_key_values)
         check_length(past_length + x.shape[1], self.options.max_length)
         if x.shape[0] > 1 and past_key_values is None and self._mask(x) is not None:
             raise InvalidRequest(
@@ -321,7 +322,21 @@ class CausalTextAdapter(_TokenModel):
                 f"past_key_values have the shapes {sorted(map(list, shapes))}; expected "
                 f"[{x.shape[0]}, heads, seq, head_dim] with one seq for all layers"
             )
+        if (sizes := {(s[1], s[3]) for s in shapes}) != (own := self._own_sizes(x)):
+            # The cache of an older version of the model, say.
+            raise InvalidRequest(
+                f"past_key_values have (heads, head_dim) {sorted(sizes)}; the model has {sorted(own)}"
+            )
         return int(first[2])
+
+    def _own_sizes(self, x: torch.Tensor) -> set[tuple[int, int]]:
+        """(heads, head_dim) of the model's own caches: found by a forward of one token, once."""
+        if self._sizes is None:
+            cache = _as_cache(None)
+            self.module(input_ids=x[:1, :1], past_key_values=cache, use_cache=True, **self._fixed())
+            found = _as_key_values(cache)
+            self._sizes = {(t.shape[1], t.shape[3]) for pair in found for t in pair}
+        return self._sizes
 
     def _layer_count(self) -> int | None:
         count = getattr(getattr(self.module, "config", None), "num_hidden_layers", None)
