@@ -172,6 +172,21 @@ def test_a_sequence_that_is_too_long_and_ids_that_are_none_are_refused(tmp_path:
     running.close()
 
 
+def test_means_of_large_values_in_float16_are_finite(tmp_path: Path) -> None:
+    """Of a text with padding, of one without, and of both in one row."""
+    model = tiny_bert(tmp_path, max_position_embeddings=64)
+    with torch.no_grad():
+        model.get_parameter("encoder.layer.1.output.LayerNorm.bias")[0] = 2000
+    model.half().save_pretrained(tmp_path)  # type: ignore[operator]
+    running = start(tmp_path, output="mean_pooled")
+    padded = torch.cat([torch.randint(1, 60, (1, 60)), torch.zeros(1, 4)], 1)
+    tensors = [padded, torch.randint(1, 60, (1, 64)).float()]
+    for answer in (*in_one_row(running, tensors), *alone(running, tensors)):
+        assert answer.isfinite().all()
+        assert answer[0, 0] == pytest.approx(2000, rel=1e-2)
+    running.close()
+
+
 def test_a_worker_process_answers_them_as_a_thread_does(tmp_path: Path) -> None:
     directory = saved(tiny_bert, tmp_path)
     config = model_config(directory, runtime="process")

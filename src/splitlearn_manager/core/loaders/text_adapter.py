@@ -72,17 +72,23 @@ def mean_over_tokens(hidden: torch.Tensor, mask: torch.Tensor | None) -> torch.T
     if mask is None:
         return hidden.mean(1)
     # Filled, not multiplied: what a model computes for padding may be NaN.
-    summed = hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1)
-    return summed / mask.sum(1, keepdim=True).to(hidden.dtype)
+    summed = hidden.masked_fill(~mask.unsqueeze(-1), 0).sum(1, dtype=_dtype_of_sums(hidden))
+    return (summed / mask.sum(1, keepdim=True)).to(hidden.dtype)
 
 
 def _means_of_rows(
     hidden: torch.Tensor, row_of: torch.Tensor, mask: torch.Tensor, rows: int
 ) -> torch.Tensor:
     """[tokens, hidden] → [rows, hidden]: as `mean_over_tokens`, of rows that lie behind one another."""
-    summed = hidden.new_zeros(rows, hidden.shape[-1])
-    summed.index_add_(0, row_of, hidden.masked_fill(~mask.unsqueeze(-1), 0))
-    return summed / torch.bincount(row_of[mask], minlength=rows).unsqueeze(-1).to(hidden.dtype)
+    kept = hidden.masked_fill(~mask.unsqueeze(-1), 0).to(_dtype_of_sums(hidden))
+    summed = kept.new_zeros(rows, hidden.shape[-1]).index_add_(0, row_of, kept)
+    counts = torch.bincount(row_of[mask], minlength=rows).unsqueeze(-1)
+    return (summed / counts).to(hidden.dtype)
+
+
+def _dtype_of_sums(hidden: torch.Tensor) -> torch.dtype:
+    """As `mean` adds up: a sum of float16 values may be too large for one."""
+    return torch.promote_types(hidden.dtype, torch.float32)
 
 
 def counts_positions_from_ids(model: nn.Module) -> bool:
