@@ -141,6 +141,15 @@ def test_models_that_answer_otherwise_in_one_row_are_found(
     running.close()
 
 
+def test_padding_before_a_text_sees_no_other_text(models: dict[str, RunningInThreads]) -> None:
+    """What a model says of padding means nothing; it must not tell what others have asked, either."""
+    padded = torch.tensor([[0.0, 0.0, 5.0, 6.0]])
+    told = [
+        in_one_row(models["gpt2"], [padded, torch.full((1, 9), other)])[0] for other in (7.0, 8.0)
+    ]
+    assert torch.equal(*told)
+
+
 def test_what_is_optimized_takes_one_length_at_a_time(tmp_path: Path) -> None:
     running = start(saved(tiny_bert, tmp_path), optimize="freeze")
     found = running.find_joining()

@@ -198,6 +198,9 @@ class _TokenModel(Adapter):
         seen = (row_of[:, None] == row_of[None, :]) & mask[None, :]
         if self.looks_back:
             seen = seen.tril()
+            if not bool(mask.all()):
+                # Padding before a row's first token sees nothing there; attention would go to all rows.
+                seen |= torch.diag(~seen.any(1))
         dtype = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), None)
         dtype = dtype or torch.float32
         hidden = torch.zeros(seen.shape, dtype=dtype, device=device)
