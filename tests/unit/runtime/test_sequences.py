@@ -141,6 +141,40 @@ def test_models_that_answer_otherwise_in_one_row_are_found(
     running.close()
 
 
+def modernbert_with_a_large_value(directory: Path) -> None:
+    """Its tokens see 64 on each side; one of its values is far larger than the others, as in many models."""
+    from transformers import ModernBertConfig, ModernBertModel
+
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = ModernBertConfig(
+        **sizes,
+        intermediate_size=64,
+        pad_token_id=0,
+        local_attention=128,
+        global_attn_every_n_layers=2,
+    )
+    model = ModernBertModel(config)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                scale = 1.0 if "embeddings" in name else weight.shape[1] ** -0.5
+                scale *= 1.6 if "Wqkv" in name else 1.0
+                weight.copy_(torch.randn(weight.shape, generator=draw) * scale)
+        model.get_parameter("final_norm.weight")[3] *= 40
+    model.bfloat16().save_pretrained(directory)  # type: ignore[operator]
+
+
+def test_a_value_that_is_far_larger_than_the_others_hides_no_difference(tmp_path: Path) -> None:
+    """Measured by it alone, the answers to texts of 128 tokens passed for equal."""
+    modernbert_with_a_large_value(tmp_path)
+    running = start(tmp_path, output="mean_pooled")
+    found = running.find_joining()
+    assert found.joins
+    assert not found.lengths
+    running.close()
+
+
 def test_padding_before_a_text_sees_no_other_text(models: dict[str, RunningInThreads]) -> None:
     """What a model says of padding means nothing; it must not tell what others have asked, either."""
     padded = torch.tensor([[0.0, 0.0, 5.0, 6.0]])
