@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from splitlearn_manager.core.model_loader import ModelLoader
+from splitlearn_manager.errors import InvalidModel
 from support.models import model_config
 
 FACTORIES = """
@@ -68,6 +70,11 @@ class Tied(Net):
     def extend(self):
         self.second.weight = self.first.weight
 
+class TiedAndLooksAtThem(Tied):
+    def extend(self):
+        super().extend()
+        self.was = self.first.weight.detach().norm()
+
 class TreeOfThem(Net):
     def extend(self):
         self.parts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
@@ -122,6 +129,28 @@ def test_it_answers_as_the_module_that_was_saved(
     loaded = ModelLoader().load(config.with_base_dir(tmp_path), "cpu").module
     x = torch.randn(4, 8)
     assert torch.equal(loaded(x), net(x))
+
+
+@pytest.mark.parametrize("name", ["Tied", "TiedAndLooksAtThem"])
+@pytest.mark.parametrize("left_out", ["first.weight", "second.weight"])
+def test_one_name_of_tied_weights_is_enough(
+    factories: dict[str, type[nn.Module]], tmp_path: Path, name: str, left_out: str
+) -> None:
+    net = factories[name]()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(torch.randn(parameter.shape))
+    weights = dict(net.state_dict())
+    del weights[left_out]
+    save_file(weights, tmp_path / "m")
+    config = model_config(tmp_path / "m", config={"factory": f"odd_nets:{name}"})
+    loaded = ModelLoader().load(config.with_base_dir(tmp_path), "cpu").module
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded(x), net(x))
+    del weights[({"first.weight", "second.weight"} - {left_out}).pop()]
+    save_file(weights, tmp_path / "m")
+    with pytest.raises(InvalidModel, match=r"missing: first\.weight, second\.weight"):
+        ModelLoader().load(config.with_base_dir(tmp_path), "cpu")
 
 
 PEAK = """

@@ -105,7 +105,7 @@ _NORM = nn.modules.batchnorm._NormBase
 def mismatch(slots: Iterable[Slot], tensors: Mapping[str, StoredTensor]) -> str | None:
     """What is wrong if a stored tensor has not its slot's shape, in torch's words."""
     for slot in slots:
-        for name in slot.names:
+        for name in (name for name in slot.names if name in tensors):
             found, wanted = tensors[name].shape, tuple(slot.tensor.shape)
             if found != wanted and not (found == (1,) and wanted == ()):
                 return (
@@ -168,8 +168,8 @@ def _order(tensors: Mapping[str, StoredTensor]) -> dict[str, int]:
 def _stored(
     slot: Slot, tensors: Mapping[str, StoredTensor], order: Mapping[str, int]
 ) -> StoredTensor:
-    # Of tied weights that a file has several times, the last one counts.
-    last = max(slot.names, key=order.__getitem__)
+    # Of tied weights that a file has several times, the last one counts; it need not have all names.
+    last = max((name for name in slot.names if name in order), key=order.__getitem__)
     return tensors[last].with_shape(tuple(slot.tensor.shape))
 
 

@@ -1,7 +1,8 @@
 """Fills a module, built by the user's factory, with the weights of a file that holds nothing else.
 
 The names must match exactly, and so must the shapes: a module with some weights left at random would serve
-wrong answers. The module's own dtypes hold, unless the config asks for another.
+wrong answers. Of tied weights one name is enough: safetensors writes no more. The module's own dtypes hold,
+unless the config asks for another.
 """
 
 from __future__ import annotations
@@ -126,8 +127,10 @@ def _built_without_values(call: FactoryCall) -> Built | None:
 def _check_fit(
     path: Path, call: FactoryCall, module: nn.Module, tensors: Mapping[str, StoredTensor]
 ) -> None:
-    _check_names(path, call, set(module.state_dict()), set(tensors))
-    if problem := mismatch(direct_slots(module) or (), tensors):
+    slots, found = direct_slots(module) or (), set(tensors)
+    tied = {name for slot in slots if not found.isdisjoint(slot.names) for name in slot.names}
+    _check_names(path, call, set(module.state_dict()) - (tied - found), found)
+    if problem := mismatch(slots, tensors):
         raise InvalidModel(f"{path.name}: {problem}")
 
 
