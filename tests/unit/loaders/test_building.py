@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+import torch
+
 from splitlearn_manager.core.loaders.building import BuildGate, Quiet
 
 DEADLINE_S = 20
@@ -77,6 +80,92 @@ def test_a_factory_that_hangs_holds_nothing_up_for_ever() -> None:
     finish.set()
     hanging.join(DEADLINE_S)
     assert passed
+
+
+def settings() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_default_device(),
+        torch.is_grad_enabled(),
+    )
+
+
+def test_what_a_factory_sets_for_torch_is_put_back() -> None:
+    """Seen to leave all models after it float16 layers, or none with values."""
+    gate, before = BuildGate(), settings()
+    try:
+        with pytest.raises(ZeroDivisionError), gate.factory():
+            torch.set_default_dtype(torch.float16)
+            torch.set_float32_matmul_precision("medium")
+            torch.use_deterministic_algorithms(True)
+            torch.set_default_device("meta")
+            torch.set_grad_enabled(False)
+            raise ZeroDivisionError
+        assert settings() == before
+    finally:
+        reset()
+
+
+def test_what_factories_set_side_by_side_is_put_back_when_the_last_one_returns() -> None:
+    gate, before = BuildGate(), settings()
+    inside, finish = threading.Event(), threading.Event()
+    seen: list[torch.dtype] = []
+
+    def other() -> None:
+        with gate.factory():
+            inside.set()
+            assert finish.wait(DEADLINE_S)
+            seen.append(torch.get_default_dtype())
+
+    thread = threading.Thread(target=other)
+    try:
+        with gate.factory():
+            torch.set_default_dtype(torch.float16)
+            thread.start()
+            assert inside.wait(DEADLINE_S)
+        finish.set()
+        thread.join(DEADLINE_S)
+        # Nothing changes while a factory runs.
+        assert seen == [torch.float16]
+        assert settings() == before
+    finally:
+        finish.set()
+        reset()
+
+
+def test_nothing_is_put_back_in_the_midst_of_an_exclusive_build_that_went_ahead() -> None:
+    gate, before = BuildGate(patience_s=0.01), settings()
+    inside, finish = threading.Event(), threading.Event()
+
+    def slow() -> None:
+        with gate.factory():
+            inside.set()
+            assert finish.wait(DEADLINE_S)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    try:
+        assert inside.wait(DEADLINE_S)
+        with gate.exclusive():
+            torch.set_default_dtype(torch.float16)
+            finish.set()
+            thread.join(DEADLINE_S)
+            assert torch.get_default_dtype() is torch.float16
+        assert settings() == before
+    finally:
+        finish.set()
+        reset()
+
+
+def reset() -> None:
+    """For the tests that follow, should it not have been put back."""
+    torch.set_default_dtype(torch.float32)
+    torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_device(None)
+    torch.set_grad_enabled(True)
 
 
 def test_quiet_restores_what_was_set_once_the_last_one_leaves() -> None:

@@ -5,6 +5,10 @@ the tying of weights. Two such builds at the same time can leave those changes i
 factory that runs meanwhile would create its layers under them. So a build by transformers is exclusive; user
 factories run side by side, but not while one goes on. Reading weights needs neither, and is not held up.
 
+What a factory sets for all of torch, such as the default dtype, would be set for all other models too, and
+for good. So it holds while factories run, and is put back when the last of them returns; what is a thread's
+own, when its factory does.
+
 A factory may run for long, or hang. An exclusive build therefore waits for running factories only for
 `patience_s`, then goes ahead: one model's slowness must not hold up the others.
 """
@@ -25,19 +29,26 @@ class BuildGate:
         self._exclusive = threading.Lock()
         self._changed = threading.Condition()
         self._factories = 0
+        self._put_back: Callable[[], None] = _nothing
         self._closed = False
+        self._building = False
 
     @contextmanager
     def factory(self) -> Iterator[None]:
         """While a user's factory runs."""
         with self._changed:
             self._changed.wait_for(lambda: not self._closed)
+            if not self._factories:
+                self._put_back = _for_all_threads()
             self._factories += 1
+        put_back = _for_this_thread()
         try:
             yield
         finally:
+            put_back()
             with self._changed:
                 self._factories -= 1
+                self._put_back_if_last()
                 self._changed.notify_all()
 
     @contextmanager
@@ -48,12 +59,52 @@ class BuildGate:
                 # Closed first, so that a stream of new factories cannot keep it waiting.
                 self._closed = True
                 self._changed.wait_for(lambda: not self._factories, self._patience_s)
+                self._building = True
             try:
                 yield
             finally:
                 with self._changed:
-                    self._closed = False
+                    self._closed = self._building = False
+                    self._put_back_if_last()
                     self._changed.notify_all()
+
+    def _put_back_if_last(self) -> None:
+        # Not in the midst of a build by transformers that went ahead: that needs what it has set itself.
+        if not self._factories and not self._building:
+            put_back, self._put_back = self._put_back, _nothing
+            put_back()
+
+
+def _for_all_threads() -> Callable[[], None]:
+    """The function that puts torch's settings for the process back to what they are now."""
+    import torch
+
+    dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+
+    def put_back() -> None:
+        torch.set_default_dtype(dtype)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+    return put_back
+
+
+def _for_this_thread() -> Callable[[], None]:
+    """As `_for_all_threads`, for the thread's own."""
+    import torch
+
+    device, grad = torch.get_default_device(), torch.is_grad_enabled()
+
+    def put_back() -> None:
+        if torch.get_default_device() != device:
+            # None, because a default device that is set costs each call of torch something.
+            torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_grad_enabled(grad)
+
+    return put_back
 
 
 class Quiet:
@@ -94,7 +145,7 @@ def _hush() -> Callable[[], None]:
 
 
 def _nothing() -> None:
-    """Nothing was silenced yet."""
+    """Nothing was silenced, or could have been set, yet."""
 
 
 # One of each for the process, because what transformers changes, and what it prints to, is the process's.
