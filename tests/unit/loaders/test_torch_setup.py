@@ -120,3 +120,45 @@ def test_a_module_is_exported_while_others_are_called_in_other_threads() -> None
     calls = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
     assert calls == ["aten.linear.default", "aten.linear.default"]
     assert [answer.tolist() for answer in answers] == [[[2.0, 2.0]]]
+
+
+class Traced(nn.Module):
+    """Tells that it is being traced, and may be kept there."""
+
+    def __init__(self, may_go_on: threading.Event) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.inside, self.may_go_on = threading.Event(), may_go_on
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = self.layer(x)
+        self.inside.set()
+        assert self.may_go_on.wait(60)
+        return answer
+
+
+def test_two_traces_at_once_leave_modules_as_they_were() -> None:
+    TORCH_SETUP.ensure()
+    before = nn.Module.__call__, nn.Module.__getattr__
+    modules = first, second = Traced(threading.Event()), Traced(threading.Event())
+    traced: list[torch.fx.GraphModule] = []
+    threads = [
+        threading.Thread(
+            target=lambda module=module: traced.append(torch.fx.symbolic_trace(module))
+        )
+        for module in modules
+    ]
+    try:
+        threads[0].start()
+        assert first.inside.wait(60)
+        threads[1].start()
+        # What a second trace may do beside the first one, it has begun by then.
+        second.inside.wait(0.2)
+    finally:
+        for module, thread in zip(modules, threads, strict=True):
+            module.may_go_on.set()
+            thread.join(60)
+        left = nn.Module.__call__, nn.Module.__getattr__
+        nn.Module.__call__, nn.Module.__getattr__ = before  # type: ignore[method-assign]
+    assert left == before
+    assert len(traced) == 2

@@ -9,15 +9,19 @@ wait for it. It costs a few milliseconds, once. It reads no model and changes no
 While torch writes down what a module does (torch.export, torch.fx), it puts functions of its own in the place
 of `nn.Module.__call__` and `__getattr__`, for all threads: a model that answers requests meanwhile is taken
 for a part of that module, and both fail. So those functions are bound here to the thread that traces; in all
-others modules are called as ever.
+others modules are called as ever. Two threads that trace at a time would each put back what the other has put
+there, and leave it for good: a second one waits for the first, for `_PATIENCE_S` if it hangs.
 """
 
 from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+_PATIENCE_S = 60.0
 
 
 class TorchSetup:
@@ -60,7 +64,8 @@ def _trace_in_one_thread() -> None:
 
     patcher = getattr(_symbolic_trace, "_Patcher", None)
     patch = getattr(patcher, "patch_method", None)
-    if patch is None:
+    patched = getattr(_symbolic_trace, "_new_patcher", None)
+    if patch is None or patched is None:
         # A version of torch that does it otherwise.
         return
 
@@ -76,7 +81,20 @@ def _trace_in_one_thread() -> None:
 
         patch(self, cls, name, method, deduplicate)
 
+    tracing = threading.RLock()
+
+    @contextmanager
+    def one_at_a_time() -> Iterator[Any]:
+        mine = tracing.acquire(timeout=_PATIENCE_S)
+        try:
+            with patched() as patches:
+                yield patches
+        finally:
+            if mine:
+                tracing.release()
+
     patcher.patch_method = patch_method  # type: ignore[union-attr]
+    _symbolic_trace._new_patcher = one_at_a_time
 
 
 TORCH_SETUP = TorchSetup()
