@@ -379,9 +379,11 @@ def _of_its_own(output: torch.Tensor) -> torch.Tensor:
     """
     if not output.is_cpu or output.layout is not torch.strided:
         return output
-    # Two of its users are ours: the tensor, and what stands for its memory here.
-    users = torch._C._storage_Use_Count(output.untyped_storage()._cdata)
-    return output.clone() if users > 2 else output
+    storage = output.untyped_storage()
+    # Two of its users are ours: the tensor, and what stands for its memory here. What cannot be resized is
+    # not torch's own: a NumPy array, say, of whose users torch knows nothing.
+    users = torch._C._storage_Use_Count(storage._cdata)
+    return output.clone() if users > 2 or not storage.resizable() else output
 
 
 def _check_step(grad_output: torch.Tensor, learning_rate: float | None) -> None:

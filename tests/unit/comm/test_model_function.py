@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -43,6 +44,21 @@ class AnswersInOnePlace(nn.Module):
 @pytest.mark.parametrize("size", [2, 8])
 def test_an_answer_stays_when_the_model_writes_the_next_one_to_the_same_place(size: int) -> None:
     function = ModelComputeFunction(AnswersInOnePlace(size))
+    ones = function.compute(torch.ones(2, 4))
+    function.compute(torch.zeros(2, 4))
+    assert isinstance(ones, torch.Tensor)
+    assert ones.eq(1).all()
+
+
+def test_an_answer_stays_when_the_model_writes_the_next_one_to_the_same_array() -> None:
+    place = np.zeros((2, 4), np.float32)
+
+    class AnswersInAnArray(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            place[:] = x.numpy()
+            return torch.from_numpy(place)
+
+    function = ModelComputeFunction(AnswersInAnArray())
     ones = function.compute(torch.ones(2, 4))
     function.compute(torch.zeros(2, 4))
     assert isinstance(ones, torch.Tensor)
