@@ -26,10 +26,19 @@ _LONGEST_SOCKET = 103
 
 def state_dir_for(directory: str | Path) -> Path:
     """The state directory of a desired directory: its own, under `$XDG_STATE_HOME`."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    base = os.environ.get("XDG_STATE_HOME") or _home() / ".local" / "state"
     absolute = os.path.abspath(directory)
     name = f"{Path(absolute).name or 'root'}-{_digest(absolute)}"
     return Path(base) / "splitlearn-manager" / name
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError:
+        # No HOME, and a user whom the system does not know, as some containers have it: as if HOME were what
+        # it is in others. Where nothing can be written there, the node says so and serves.
+        return Path("/")
 
 
 def record_of(state_dir: Path) -> Path:

@@ -36,6 +36,16 @@ def test_without_xdg_it_is_below_the_home(tmp_path: Path, monkeypatch: pytest.Mo
     assert state_dir_for("/").name.startswith("root-")
 
 
+def test_a_user_without_a_home_has_one_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_entry(uid: int) -> object:
+        raise KeyError(uid)
+
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", no_entry)
+    assert state_dir_for("/srv/desired").parent == Path("/.local/state/splitlearn-manager")
+
+
 def test_the_socket_lies_in_the_state_directory_unless_its_path_is_too_long(tmp_path: Path) -> None:
     assert socket_of(Path("/s")) == Path("/s/node.sock")
     long = tmp_path / ("x" * 120)
