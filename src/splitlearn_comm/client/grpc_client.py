@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from types import TracebackType
+from typing import NoReturn
 
 import grpc
 import torch
@@ -147,6 +148,10 @@ class GRPCComputeClient:
         stream: RequestStream | None = self.__dict__.get("_stream")
         if stream is not None:
             stream.no_more()
+
+    def __reduce__(self) -> NoReturn:
+        # A copy would end the stream of the client that it was made of, when it is dropped.
+        raise TypeError("a client cannot be copied or pickled; make another one where it is needed")
 
     def __enter__(self) -> GRPCComputeClient:
         self.connect()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 import socket
 import threading
 import time
@@ -240,6 +242,16 @@ class TestConnection:
             channel.open_stream("ComputeStream", iter(()))
         with pytest.raises(ClientClosed):
             next(channel.stream("StreamMonitoring", request, answer))
+
+    def test_copying_or_pickling_is_refused_and_leaves_the_client_as_it_is(
+        self, address: str
+    ) -> None:
+        with GRPCComputeClient(address, retry_strategy=FixedDelay(1)) as client:
+            for _ in range(20):
+                assert client.compute_async(ONE).result(DEADLINE_S).item() == 2.0
+                for made in (copy.copy, copy.deepcopy, pickle.dumps):
+                    with pytest.raises(TypeError, match="make another one where it is needed"):
+                        made(client)
 
     def test_closing_ends_a_running_call(self) -> None:
         gate = Gate()
