@@ -123,7 +123,7 @@ class RequestStream:
             return opened, None
 
     def withdraw(self, asked: Asked) -> None:
-        """Nobody waits for it any more."""
+        """Nobody waits for it any more. Takes no lock: a generator that is collected as garbage does this."""
         asked.cancel()
         self._forget(asked)
 
@@ -171,8 +171,7 @@ class RequestStream:
 
     def _forget(self, asked: Asked) -> None:
         """The server need not answer it."""
-        with self._lock:
-            opened = self._open
+        opened = self._open
         if opened is not None:
             opened.withdraw(asked)
 
@@ -220,9 +219,10 @@ class _Open:
             return self._failure
 
     def withdraw(self, asked: Asked) -> None:
-        with self._lock:
-            if self._unanswered.pop(asked.number, None) is None:
-                return
+        # Without the lock, as the other. One that is just being sent may be withdrawn before the server has
+        # it, which then answers it for nobody.
+        if self._unanswered.pop(asked.number, None) is None:
+            return
         self._unsent.put(compute_pb2.StreamedRequest(id=asked.number).SerializeToString())
 
     def no_more(self) -> None:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from queue import SimpleQueue
+from typing import Any
 
 import grpc
 import pytest
@@ -273,6 +274,40 @@ def test_a_client_that_is_dropped_leaves_no_threads_behind(
         return not {thread.name for thread in left} & {"compute-stream", "compute-limits"}
 
     eventually(threads_are_gone, "the stream has ended", PATIENCE_S / 2)
+
+
+class Collecting(dict[int, Any]):
+    """Garbage is collected each time something is put into it."""
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        super().__setitem__(key, value)
+        gc.collect()
+
+
+def test_many_that_are_collected_as_garbage_are_withdrawn_whatever_is_done_meanwhile(
+    server: GRPCComputeServer, function: Gated
+) -> None:
+    """They may be, by any thread that makes an object: also while it holds the locks of the same stream."""
+    function.gate.set()
+    client = GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S)
+    many = [client.compute_many(torch.ones(9, 1), in_flight=4)]
+    assert next(many[0]).item() == 2.0
+    many.append(many)  # type: ignore[arg-type]
+    stream = client._stream
+    assert stream is not None
+    assert stream._open is not None
+    stream._open._unanswered = Collecting(stream._open._unanswered)
+    answers: list[torch.Tensor] = []
+
+    def ask() -> None:
+        answers.append(client.compute_async(torch.ones(1)).result(PATIENCE_S))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    del many
+    asking.start()
+    asking.join(PATIENCE_S)
+    assert [answer.item() for answer in answers] == [2.0]
+    client.close()
 
 
 _FORKS = """
