@@ -101,13 +101,13 @@ class RequestStream:
             return asked
         try:
             opened, failure = self._begin(asked)
+            self._limits.watch(until_s)
         except BaseException:
-            asked.cancel()
+            self.withdraw(asked)
             raise
         if opened is not None and failure is not None:
             # It has ended already, and nobody else will tell of this request.
             self._broke(opened, [asked], failure)
-        self._limits.watch(until_s)
         return asked
 
     def _begin(self, asked: Asked) -> tuple[_Open | None, RemoteComputeError | None]:

@@ -40,16 +40,17 @@ class TimeLimits(Generic[T]):
         self._looks_s = _NEVER_S
 
     def watch(self, until_s: float) -> None:
-        """One more waits, until then."""
+        """One more waits, until then. Raises RuntimeError if there can be no thread."""
         with self._changed:
             if not until_s < self._looks_s:
                 return
-            self._looks_s = until_s
             if self._runs:
                 self._changed.notify()
             else:
                 threading.Thread(target=self._run, name="compute-limits", daemon=True).start()
                 self._runs = True
+            # Last, for the system may have no more threads.
+            self._looks_s = until_s
 
     def look(self) -> None:
         """Many have ended: without any the thread ends."""

@@ -455,6 +455,27 @@ def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(sile
     eventually(lambda: limits not in {t.name for t in threading.enumerate()}, "it has ended")
 
 
+def test_time_limits_hold_again_once_there_are_threads_again(
+    silent: Silent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request for whose time limit there was no thread kept all later ones from having one."""
+    start = threading.Thread.start
+
+    def no_more(thread: threading.Thread) -> None:
+        if thread.name == "compute-limits":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with GRPCComputeClient(silent.address, 0.3) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", no_more)
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                client.compute_async(torch.ones(1))
+        with pytest.raises(RemoteComputeError) as caught:
+            client.compute_async(torch.ones(1)).result(PATIENCE_S)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 @pytest.mark.parametrize("size", [3, 1 << 17], ids=["small", "large"])
 def test_bytes_that_are_no_answer_end_the_stream_and_say_so(size: int) -> None:
     over = threading.Event()
