@@ -284,15 +284,21 @@ class GRPCComputeClient:
             if asked.cancelled() or not answer.set_running_or_notify_cancel():
                 return
             try:
-                response, received = asked.result()
-                output = prepared.load.unload(response, received)
-                self._note_answer(prepared, response)
-            except BaseException as error:
-                if once:
-                    prepared.load.give_up()
-                answer.set_exception(error)
-            else:
-                answer.set_result(output)
+                try:
+                    response, received = asked.result()
+                    output = prepared.load.unload(response, received)
+                    self._note_answer(prepared, response)
+                except BaseException as error:
+                    if once:
+                        prepared.load.give_up()
+                    answer.set_exception(error)
+                else:
+                    answer.set_result(output)
+            except KeyboardInterrupt:
+                raise
+            except BaseException:
+                # Of a callback; a future logs exceptions only, and this thread is there for others, too.
+                _log.exception("server=%s a callback of a future failed", self.server_address)
 
         def over(answer: Future[torch.Tensor]) -> None:
             if answer.cancelled():

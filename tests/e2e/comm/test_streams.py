@@ -205,6 +205,24 @@ def test_a_deadline_is_each_requests_own(function: Gated, server: GRPCComputeSer
         assert not function.began.acquire(blocking=False)
 
 
+def ended_by(future: Future[torch.Tensor]) -> None:
+    sys.exit("a callback must not do this")
+
+
+def test_a_callback_that_exits_ends_nothing_but_itself(
+    client: GRPCComputeClient, function: Gated, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It ended the thread that takes the answers, and all requests of the stream with it."""
+    first = client.compute_async(torch.ones(1))
+    first.add_done_callback(ended_by)
+    assert function.began.acquire(timeout=PATIENCE_S)
+    rest = [client.compute_async(torch.ones(1)) for _ in range(20)]
+    function.gate.set()
+    for future in (first, *rest):
+        assert future.result(PATIENCE_S).item() == 2.0
+    assert "a callback of a future failed" in caplog.text
+
+
 def test_a_cancelled_future_withdraws_its_request(
     client: GRPCComputeClient, function: Gated
 ) -> None:
@@ -453,6 +471,16 @@ def test_a_server_that_says_nothing_is_not_waited_for_beyond_the_time_limit(sile
     assert isinstance(patient.exception(PATIENCE_S), RemoteComputeError)
     limits = "compute-limits"
     eventually(lambda: limits not in {t.name for t in threading.enumerate()}, "it has ended")
+
+
+def test_time_limits_hold_whatever_callbacks_do(silent: Silent) -> None:
+    """One that exits ended the thread that finds what is late, and nothing was late from then on."""
+    with GRPCComputeClient(silent.address, 0.3) as client:
+        for _ in range(2):
+            future = client.compute_async(torch.ones(1))
+            future.add_done_callback(ended_by)
+            with pytest.raises(RemoteComputeError, match="DEADLINE_EXCEEDED"):
+                future.result(PATIENCE_S / 2)
 
 
 def test_time_limits_hold_again_once_there_are_threads_again(
