@@ -206,12 +206,10 @@ class GRPCComputeClient:
         """
         prepared = self._prepared(tensor, model_id, timeout)
         try:
-            answer = self._ask(prepared, once=True)
+            return self._ask(prepared, once=True)
         except BaseException:
             prepared.give_up()
             raise
-        answer.add_done_callback(lambda _: prepared.load.give_up())
-        return answer
 
     def compute_many(
         self, tensors: Iterable[torch.Tensor], model_id: str | None = None, in_flight: int = 32
@@ -303,6 +301,8 @@ class GRPCComputeClient:
         def over(answer: Future[torch.Tensor]) -> None:
             if answer.cancelled():
                 stream.withdraw(asked)
+                if once:
+                    prepared.load.give_up()
 
         answer.add_done_callback(over)
         asked.add_done_callback(answered)

@@ -36,21 +36,34 @@ class Asked(Future[tuple[compute_pb2.ComputeResponse, Bytes]]):
     Attributes:
         call: makes the request by itself, where the server has no streams.
         until_s: when its time is over, on `time.monotonic`.
+
+    Args:
+        waiting: all that no thread has taken; it is one of them from now on.
     """
 
     def __init__(
-        self, frame: bytes, number: int, until_s: float, call: Callable[[], bytes]
+        self,
+        frame: bytes,
+        number: int,
+        until_s: float,
+        call: Callable[[], bytes],
+        waiting: dict[int, Asked],
     ) -> None:
         super().__init__()
         self.frame = frame
         self.number = number
         self.until_s = until_s
         self.call = call
+        self._waiting = waiting
         self._turn = threading.Lock()
+        waiting[number] = self
 
     def take(self) -> bool:
         """Whether the calling thread, of all that may end it, is the one that does; never once withdrawn."""
-        return self._turn.acquire(blocking=False) and self.set_running_or_notify_cancel()
+        if not self._turn.acquire(blocking=False):
+            return False
+        self._waiting.pop(self.number, None)
+        return self.set_running_or_notify_cancel()
 
     def fail(self, failure: RemoteComputeError) -> None:
         """There is no answer, unless another thread has one already."""
@@ -90,9 +103,8 @@ class RequestStream:
             self._numbers += 1
             number = self._numbers
         rest = compute_pb2.StreamedRequest(id=number, timeout_s=timeout_s).SerializeToString()
-        asked = Asked(b"".join(frames.enclosed(request, rest)), number, until_s, call)
-        self._waiting[number] = asked
-        asked.add_done_callback(self._ended)
+        frame = b"".join(frames.enclosed(request, rest))
+        asked = Asked(frame, number, until_s, call, self._waiting)
         limit = self._channel.max_message_length
         if self._has_streams and 0 <= limit < len(asked.frame):
             # gRPC would end the stream, with the requests of all others in it.
@@ -124,6 +136,7 @@ class RequestStream:
 
     def withdraw(self, asked: Asked) -> None:
         """Nobody waits for it any more. Takes no lock: a generator that is collected as garbage does this."""
+        self._waiting.pop(asked.number, None)
         asked.cancel()
         self._forget(asked)
 
@@ -174,10 +187,6 @@ class RequestStream:
         opened = self._open
         if opened is not None:
             opened.withdraw(asked)
-
-    def _ended(self, asked: Future[tuple[compute_pb2.ComputeResponse, Bytes]]) -> None:
-        assert isinstance(asked, Asked)
-        self._waiting.pop(asked.number, None)
 
     def _alone(self, asked: Asked) -> None:
         if self._threads is None:

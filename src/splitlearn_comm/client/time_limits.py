@@ -41,6 +41,9 @@ class TimeLimits(Generic[T]):
 
     def watch(self, until_s: float) -> None:
         """One more waits, until then. Raises RuntimeError if there can be no thread."""
+        if not until_s < self._looks_s:
+            # So it is for nearly all, and without the lock: see `_late`.
+            return
         with self._changed:
             if not until_s < self._looks_s:
                 return
@@ -72,6 +75,8 @@ class TimeLimits(Generic[T]):
 
     def _late(self) -> list[T]:
         # By itself, so that the thread keeps nothing of what it has seen while it waits.
+        # Said first: whoever begins to wait while it asks who waits takes the lock, and is seen afterwards.
+        self._looks_s = _NEVER_S
         waiting, now_s = self._waiting(), time.monotonic()
         limits = [one.until_s for one in waiting if one.until_s < _NEVER_S]
         self._looks_s = min(limits, default=_NEVER_S)
