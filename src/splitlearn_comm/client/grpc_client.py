@@ -32,7 +32,7 @@ from splitlearn_comm.client.messages import (
 )
 from splitlearn_comm.client.prepared import Prepared
 from splitlearn_comm.client.requests import RequestStream
-from splitlearn_comm.client.retry import FINAL_STATUSES, ExponentialBackoff, RetryStrategy
+from splitlearn_comm.client.retry import ExponentialBackoff, RetryStrategy
 from splitlearn_comm.client.statistics import CallStatistics, Statistics, Timing, timing
 from splitlearn_comm.core import frames
 from splitlearn_comm.core.codec import TensorCodec
@@ -93,6 +93,7 @@ class GRPCComputeClient:
             known=lambda: self._info().custom_info,
         )
         self._clock = clock
+        self._retries = retry_strategy or ExponentialBackoff()
         self._statistics = CallStatistics()
         self._last_load: compute_pb2.MonitoringSnapshot | None = None
         self._stream: RequestStream | None = None
@@ -100,7 +101,7 @@ class GRPCComputeClient:
         self._channel = ComputeChannel(
             server_address,
             max_message_length,
-            retry_strategy or ExponentialBackoff(),
+            self._retries,
             credentials=credentials,
             metadata=metadata,
             sleep=sleep,
@@ -216,7 +217,8 @@ class GRPCComputeClient:
     ) -> Iterator[torch.Tensor]:
         """Run a model on many tensors, so many at a time, and give the answers in the tensors' order.
 
-        What fails for a passing reason is tried again as `compute` does, within the time limit of each.
+        What fails for a passing reason is tried again at once if the retry strategy allows a second attempt,
+        and from then on as `compute` does, within the time limit of each.
 
         Args:
             tensors: taken from as answers are taken; one may be written to again once the next is asked for.
@@ -248,7 +250,8 @@ class GRPCComputeClient:
             try:
                 return prepared.asked.result()
             except RemoteComputeError as error:
-                if error.code() in FINAL_STATUSES or self._clock() >= prepared.until_s:
+                too_late = self._clock() >= prepared.until_s
+                if too_late or not self._retries.should_retry(1, error.code()):
                     raise
             prepared.renew()
             response = self._call(prepared, retry=True)

@@ -181,6 +181,16 @@ def test_a_tensor_is_sent_as_it_was_when_it_was_taken_also_when_it_is_tried_agai
     assert answers == [2.0 * n for n in range(8)]
 
 
+def test_many_are_asked_once_where_the_retry_strategy_allows_no_more(
+    client: GRPCComputeClient, function: Gated
+) -> None:
+    function.gate.set()
+    with pytest.raises(RemoteComputeError, match="INTERNAL"):
+        list(client.compute_many([torch.tensor([-1.0])]))
+    assert function.began.acquire(timeout=PATIENCE_S)
+    assert not function.began.acquire(blocking=False)
+
+
 def test_a_stream_reads_no_more_than_its_window(
     client: GRPCComputeClient, function: Gated, server: GRPCComputeServer
 ) -> None:
