@@ -31,7 +31,7 @@ class Load:
     """One request's tensor on its way, and the way of its answer.
 
     Attributes:
-        data: for the message.
+        data: for the message; empty once it is answered.
         shape: of the tensor.
         metadata: for the message.
     """
@@ -62,7 +62,10 @@ class Load:
                 data = self._file.take(response.shared_bytes)
             file, self._file = self._file, None
             self._carriage.keep(file)
-        return self._carriage.codec.decode(data, response.shape)
+        answer = self._carriage.codec.decode(data, response.shape)
+        # It is not sent again, and who keeps the answer's future keeps this.
+        self.data = b""
+        return answer
 
     def renew(self) -> None:
         """It is sent once more, in another file: an answer to the last time may still be written.

@@ -34,6 +34,7 @@ class Asked(Future[tuple[compute_pb2.ComputeResponse, Bytes]]):
     """The answer to a request: the response, and the bytes of its tensor, which are missing in it.
 
     Attributes:
+        frame: what is sent; empty once it is on its way.
         call: makes the request by itself, where the server has no streams.
         until_s: when its time is over, on `time.monotonic`.
 
@@ -225,6 +226,8 @@ class _Open:
             if self._failure is None:
                 self._unanswered[asked.number] = asked
                 self._unsent.put(asked.frame)
+                # It is sent once; the answer's future may be kept for long, and it keeps this one.
+                asked.frame = b""
             return self._failure
 
     def withdraw(self, asked: Asked) -> None:

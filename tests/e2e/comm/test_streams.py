@@ -6,8 +6,9 @@ import gc
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import Any
 
@@ -213,6 +214,20 @@ def test_a_deadline_is_each_requests_own(function: Gated, server: GRPCComputeSer
         ends = [future.exception(PATIENCE_S) for future in late]
         assert all(e.code() is grpc.StatusCode.DEADLINE_EXCEEDED for e in ends)  # type: ignore[union-attr]
         assert not function.began.acquire(blocking=False)
+
+
+def test_futures_that_are_kept_keep_no_requests(client: GRPCComputeClient, function: Gated) -> None:
+    """They kept the bytes of their tensors twice, beside the answers."""
+    function.gate.set()
+    tensor = torch.ones(1_000_000)
+    tracemalloc.start()
+    try:
+        kept = [client.compute_async(tensor) for _ in range(8)]
+        wait(kept, PATIENCE_S)
+        most = len(kept) * 6_000_000
+        eventually(lambda: tracemalloc.get_traced_memory()[0] < most, "4 MB of each are left")
+    finally:
+        tracemalloc.stop()
 
 
 def ended_by(future: Future[torch.Tensor]) -> None:
