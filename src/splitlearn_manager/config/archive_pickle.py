@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,14 +128,32 @@ _KNOWN: Mapping[tuple[str, str], object] = {
 }
 
 
+_NUMBERED = frozenset({"PUT", "BINPUT", "LONG_BINPUT"})
+
+
+def _check_memory(data: bytes) -> None:
+    """Python's unpickler keeps a list as long as the largest number that a pickle gives to an object: of a
+    hundred bytes that may be gigabytes. No pickle needs a larger one than it has bytes."""
+    try:
+        for opcode, number, _ in pickletools.genops(data):
+            if opcode.name in _NUMBERED and not 0 <= int(number or 0) < len(data):
+                raise pickle.UnpicklingError(f"an object has the number {number}")
+    except ValueError as error:
+        raise pickle.UnpicklingError(str(error)) from None
+
+
 class PickleReader(pickle.Unpickler):
     """Reads a pickle for the storages that it refers to.
 
     Attributes:
         storages: by their key.
+
+    Raises:
+        pickle.UnpicklingError: it is none, or asks for more memory than what it describes takes.
     """
 
     def __init__(self, data: bytes) -> None:
+        _check_memory(data)
         super().__init__(io.BytesIO(data))
         self.storages: dict[str, StorageReference] = {}
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from splitlearn_manager.config.files import FileSystem
 MAX_DESCRIPTION_BYTES = 64 * 2**20
 """The largest pickle or JSON of an archive that is read for its size."""
 
+_READ_BY_TORCH = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _FLOATING = {"Double": 8, "Float": 4, "Half": 2, "BFloat16": 2}
 """Bytes of an element, by what the class of its storage is called in a pickle."""
 _EXPORTED_FLOATING = {8: 8, 7: 4, 6: 2, 13: 2}
@@ -65,6 +67,7 @@ _UNREADABLE = (
     _NotUnderstood,
     UnknownStorage,
     zipfile.BadZipFile,
+    zlib.error,  # a compressed member
     pickle.UnpicklingError,
     NotImplementedError,
     RuntimeError,  # an encrypted member
@@ -76,6 +79,7 @@ _UNREADABLE = (
     TypeError,
     MemoryError,
     RecursionError,
+    OverflowError,
 )
 
 
@@ -98,6 +102,9 @@ class _Archive:
     def __init__(self, archive: zipfile.ZipFile) -> None:
         self._archive = archive
         members = archive.infolist()
+        # torch reads no other kinds, and their decoders tell damage as an OSError, as disks do.
+        if any(m.compress_type not in _READ_BY_TORCH for m in members):
+            raise _NotUnderstood
         self._folder = members[0].filename.partition("/")[0] + "/" if members else ""
         self.sizes = {m.filename.removeprefix(self._folder): m.file_size for m in members}
 

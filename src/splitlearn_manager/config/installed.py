@@ -77,8 +77,8 @@ def is_file(path: Path, fs: FileSystem) -> bool:
     """Whether something that is no directory is at `path`."""
     try:
         return not fs.stat(str(path)).is_dir
-    except OSError:
-        return False
+    except (OSError, ValueError):
+        return False  # ValueError: no file can have that name, with a NUL say
 
 
 def _find_spec(top_level: str) -> ModuleSpec | None:

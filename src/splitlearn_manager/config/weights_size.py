@@ -23,6 +23,8 @@ GUESS_FACTOR = 1.2
 """A checkpoint of another format: what unpacking it takes beyond its size."""
 MAX_HEADER_BYTES = 100 * MB
 """The format's own limit for the header of a safetensors file."""
+_MAX_STATED_BYTES = 2**60
+"""Whoever states more is damaged: JSON has integers that are no float's."""
 
 _FLOATING_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -89,7 +91,11 @@ def _size_of_index(index: Path, dtype: str | None, fs: FileSystem) -> Estimate |
                 return exact
     metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if isinstance(total, int | float) and not isinstance(total, bool) and 0 <= total < 2**60:
+    if (
+        isinstance(total, int | float)
+        and not isinstance(total, bool)
+        and 0 <= total < _MAX_STATED_BYTES
+    ):
         return Estimate(total / MB, "checkpoint index")
     return None
 
@@ -133,7 +139,9 @@ def _header_bytes(file: Path, dtype: str | None, fs: FileSystem) -> int | None:
 
 def _tensor_bytes(tensor: object, dtype: str | None) -> int | None:
     match tensor:
-        case {"dtype": str(stored), "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
+        case {"dtype": str(stored), "data_offsets": [int(begin), int(end)]} if (
+            0 <= begin <= end < _MAX_STATED_BYTES
+        ):
             size = end - begin
             if dtype is not None and stored in _FLOATING_BYTES:
                 size = size // _FLOATING_BYTES[stored] * _DTYPE_BYTES[dtype]

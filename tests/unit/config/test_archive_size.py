@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import struct
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -166,10 +168,43 @@ def test_what_is_damaged_or_is_no_archive_has_no_size(tmp_path: Path) -> None:
         "no pickle": b"x",
         "endless": endless,
         "none": pickle.dumps(1)[:3],
+        "frame": b"\x80\x04\x95" + b"\xff" * 8 + b"}.",
     }.items():
         path = archive_of(tmp_path / name, **{"data.pkl": pickled})
         assert archive_bytes(path, None, RealFileSystem()) is None, name
     assert archive_bytes(archive_of(tmp_path / "other", a=b"1"), None, RealFileSystem()) is None
+
+
+def test_a_compressed_archive_that_is_damaged_has_no_size(tmp_path: Path) -> None:
+    """Its decoder's errors are none of zipfile's; bzip2 even tells damage as an error of the disk."""
+    for method in (zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):
+        path = tmp_path / f"m{method}.pt"
+        with zipfile.ZipFile(path, "w", method) as archive:
+            archive.writestr("m/data.pkl", bytes(range(256)))
+        data = bytearray(path.read_bytes())
+        start = data.index(b"m/data.pkl") + len("m/data.pkl")
+        data[start : start + 40] = bytes(byte ^ 255 for byte in data[start : start + 40])
+        path.write_bytes(data)
+        assert archive_bytes(path, None, RealFileSystem()) is None, method
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        pytest.param(b"\x80\x02}r" + struct.pack("<I", 20_000_000) + b".", id="LONG_BINPUT"),
+        pytest.param(b"\x80\x02}p20000000\n.", id="PUT"),
+    ],
+)
+def test_a_pickle_takes_no_more_memory_than_what_it_describes(
+    tmp_path: Path, pickled: bytes
+) -> None:
+    path = archive_of(tmp_path / "m.pt", **{"data.pkl": pickled})
+    tracemalloc.start()
+    try:
+        assert archive_bytes(path, None, RealFileSystem()) is None
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_storage_that_is_not_in_the_archive_is_no_size(tmp_path: Path) -> None:

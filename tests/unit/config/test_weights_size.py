@@ -86,6 +86,7 @@ def test_whole_model_file_of_a_directory_is_preferred(tmp_path: Path) -> None:
         struct.pack("<Q", 4) + b"nope",
         struct.pack("<Q", 30) + b'{"a":{"dtype":"F32"}}         ',
         struct.pack("<Q", 42) + b'{"a":{"dtype":"F32","data_offsets":[9,1]}}',
+        struct.pack("<Q", 442) + b'{"a":{"dtype":"F32","data_offsets":[0,1' + b"0" * 400 + b"]}}",
     ],
 )
 def test_damaged_header_falls_back_to_the_next_best(tmp_path: Path, data: bytes) -> None:
@@ -95,7 +96,9 @@ def test_damaged_header_falls_back_to_the_next_best(tmp_path: Path, data: bytes)
 
 
 def test_damaged_index_falls_back_to_the_next_best(tmp_path: Path) -> None:
-    for text in ("", "[]", '{"weight_map": 3}', '{"metadata": {"total_size": "many"}}'):
+    no_names = json.dumps({"weight_map": {"a": "x\0", "b": "\ud800"}})
+    many = '{"metadata": {"total_size": "many"}}'
+    for text in ("", "[]", '{"weight_map": 3}', many, no_names):
         (tmp_path / "model.safetensors.index.json").write_text(text)
         assert estimate(tmp_path, ".").how == "file size × 1.2"
 

@@ -213,6 +213,7 @@ _UNREADABLE = (
     TypeError,
     MemoryError,
     RecursionError,
+    OverflowError,
 )
 
 
