@@ -90,9 +90,23 @@ class WaitingRoom:
             waiting = self._waiting.setdefault((model_id, name), [])
             waiting.append(_Waits(inference, waiter, now_s))
         if is_first:
-            threading.Thread(
-                target=self._attend, args=(model_id, name), name=f"waits-{model_id}", daemon=True
-            ).start()
+            self._begin_attending(model_id, name)
+
+    def _begin_attending(self, model_id: str, name: str) -> None:
+        thread = threading.Thread(
+            target=self._attend, args=(model_id, name), name=f"waits-{model_id}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            # Nobody would ever look after them, nor after those that come later.
+            refusal = NotReady(
+                f"model {model_id!r} is not there, and {error} to wait for it; try again"
+            )
+            with self._lock:
+                waiting = self._waiting.pop((model_id, name))
+            for one in waiting:
+                self._refuse(one, refusal)
 
     def _attend(self, model_id: str, name: str) -> None:
         """Until nobody waits for the model, by that name, any more."""

@@ -399,6 +399,26 @@ def test_a_plain_forward_for_a_model_that_fails_is_refused(parked: Server) -> No
         one.result()
 
 
+def test_a_plain_forward_is_refused_if_no_thread_can_be_started_that_waits(
+    parked: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seen to fail: it and all later ones waited for ever, because only the first starts the thread."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    one, later = (Asked(torch.ones(1, 4)) for _ in range(2))
+    with monkeypatch.context() as limited:
+        limited.setattr(threading.Thread, "start", refuse)
+        assert parked.backend.enter("m", one)
+    with pytest.raises(NotReady, match="can't start new thread to wait for it; try again"):
+        one.result()
+    assert not parked.backend._is_awaited("m")
+    assert parked.backend.enter("m", later)
+    eventually(lambda: [parked.settle(), later.ended.is_set()][1], "the later one is answered")
+    later.result()
+
+
 def test_one_that_asks_by_the_name_of_the_next_version_waits_for_that_and_costs_nothing() -> None:
     """Seen to fail, with a thread that tries it all the time, when it waits for the model alone."""
     server = Server()
