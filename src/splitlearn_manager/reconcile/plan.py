@@ -317,6 +317,8 @@ class _Planner:
         Args:
             waits: what was noted last is why it waits for an update.
         """
+        if not waits and serving.model_id in self._observed.demands:
+            return None  # those that waited for it come to it in a moment, however short its keep_alive_s
         found = park_if_idle(serving, wanted, self._observed.now_s)
         if isinstance(found, Action):
             if waits:
