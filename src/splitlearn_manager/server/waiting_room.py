@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 LONGEST_WAIT_S = 60.0
 """A request without a deadline would wait for ever."""
+_LOOKS_EVERY_S = 1.0
+"""So often at most a full room is looked through for requests whose callers are gone."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +67,7 @@ class WaitingRoom:
         # By the model, and what it is asked for by: its id or its endpoint.
         self._waiting: dict[tuple[str, str], list[_Waits]] = {}
         self._count = 0
+        self._looked_s = monotonic()
 
     def waits_for(self, model_id: str) -> bool:
         """Whether some request does."""
@@ -79,6 +82,8 @@ class WaitingRoom:
         """
         until_s, now_s = inference.until_s, monotonic()
         wait_s = LONGEST_WAIT_S if until_s is None else min(until_s - now_s, LONGEST_WAIT_S)
+        if self._count >= self._most:
+            self._drop_unwanted(now_s)
         with self._lock:
             if self._count >= self._most:
                 raise NotReady(
@@ -130,13 +135,28 @@ class WaitingRoom:
                 for one in self._taken(awaited, ()):
                     self._try(awaited, one)
 
-    def _taken(self, awaited: tuple[str, str], wanted: list[_Waits] | tuple[()]) -> list[_Waits]:
-        """Take those out, or all if none are named."""
+    def _drop_unwanted(self, now_s: float) -> None:
+        """Refuse those whose callers are gone: they would keep their places until their time is over."""
         with self._lock:
-            taken = list(wanted or self._waiting[awaited])
-            self._waiting[awaited] = [
-                one for one in self._waiting[awaited] if wanted and one not in wanted
-            ]
+            if now_s - self._looked_s < _LOOKS_EVERY_S:
+                return
+            self._looked_s = now_s
+            waiting = {awaited: list(found) for awaited, found in self._waiting.items()}
+        for awaited, found in waiting.items():
+            for one in found:
+                try:
+                    one.inference.check_wanted()
+                except ComputeError as refusal:
+                    for taken in self._taken(awaited, [one]):
+                        self._refuse(taken, refusal)
+
+    def _taken(self, awaited: tuple[str, str], wanted: list[_Waits] | tuple[()]) -> list[_Waits]:
+        """Take those out that are there still, or all if none are named."""
+        with self._lock:
+            waiting = self._waiting.get(awaited, [])
+            taken = [one for one in waiting if not wanted or one in wanted]
+            if taken:
+                self._waiting[awaited] = [one for one in waiting if one not in taken]
         return taken
 
     def _try(self, awaited: tuple[str, str], one: _Waits) -> None:

@@ -9,7 +9,13 @@ from time import monotonic
 import pytest
 import torch
 
-from splitlearn_comm.core.errors import ComputeError, NotReady, OutOfMemory, UnknownTarget
+from splitlearn_comm.core.errors import (
+    ComputeError,
+    DeadlinePassed,
+    NotReady,
+    OutOfMemory,
+    UnknownTarget,
+)
 from splitlearn_comm.server.statuses import status_of
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner
 from splitlearn_manager.errors import (
@@ -363,6 +369,30 @@ def test_more_plain_forwards_than_may_wait_answer_try_again() -> None:
         with pytest.raises(NotReady):
             one.result()
     eventually(lambda: not parked.backend._is_awaited("m"), "their places are free")
+
+
+def test_a_request_that_nobody_wants_any_more_gives_its_place_to_another() -> None:
+    """Seen to fail: it kept its place for as long as some request before it waited."""
+    parked = with_a_parked_model(max_waiters=1, most_waiting=2)
+    patient, unwanted, later = (Asked(torch.ones(1, 4)) for _ in range(3))
+    assert parked.backend.enter("m", patient)
+    assert parked.backend.enter("m", unwanted)
+    unwanted.wanted = False
+
+    def entered() -> bool:
+        try:
+            return parked.backend.enter("m", later)
+        except NotReady:
+            return False
+
+    eventually(entered, "the place is free")
+    with pytest.raises(DeadlinePassed):
+        unwanted.result()
+    eventually(lambda: [parked.settle(), later.ended.is_set()][1], "the later one is answered")
+    for one in (patient, later):
+        one.result()
+    eventually(lambda: not parked.backend._is_awaited("m"), "nobody waits any more")
+    assert parked.backend._room._count == 0
 
 
 def test_a_plain_forward_waits_until_its_deadline_while_others_go_on_waiting(
