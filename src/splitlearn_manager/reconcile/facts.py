@@ -50,6 +50,15 @@ class Health(StrEnum):
     SUSPENDED = "Suspended"
 
 
+_AWAITS_LOAD = frozenset(
+    {
+        *("InsufficientMemory", "MaxModels", "MemoryPressure"),
+        *("AwaitingMemory", "AwaitingRoom", "AwaitingTurn", "Evicted"),
+    }
+)
+"""What a load waits for that nothing else is in the way of, by the reason of the planner."""
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """All that is known of one model at one moment.
@@ -163,6 +172,19 @@ class Facts:
             # It turned out to need more room than there was, and waits for that much: no failure any more.
             return None
         return (attempt.reason, attempt.message) if attempt is not None else None
+
+    @property
+    def comes_back(self) -> bool:
+        """Whether something is loaded for it once there is room, its turn has come, or a request asks for it.
+
+        Its failure is over then, or concerns another version than the one that served before.
+        """
+        waiting = self.waiting
+        return (
+            self.fallback is not None
+            or waiting is None
+            or (not waiting.failed and waiting.reason in _AWAITS_LOAD)
+        )
 
     @property
     def why(self) -> tuple[str, str] | None:

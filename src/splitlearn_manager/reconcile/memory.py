@@ -126,6 +126,8 @@ class Memory:
             # that of the wanted version.
             del self.served[model_id]
         else:
+            # Somebody has asked for it since it was evicted: it is tried again as any other that failed.
+            self.parked.pop(model_id, None)
             self.attempts[model_id] = after_failure(
                 self.attempts.get(model_id), outcome, self._draw()
             )

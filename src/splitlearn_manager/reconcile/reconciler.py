@@ -37,7 +37,7 @@ from splitlearn_manager.reconcile.orders import Orders
 from splitlearn_manager.reconcile.plan import plan
 from splitlearn_manager.reconcile.record import HistoryEntry
 from splitlearn_manager.reconcile.standing import Basis, Standing, basis_of
-from splitlearn_manager.reconcile.status import Facts, NodeInfo, Phase, StatusBook
+from splitlearn_manager.reconcile.status import Facts, NodeInfo, StatusBook
 from splitlearn_manager.reconcile.store import Store
 from splitlearn_manager.reconcile.telling import (
     Found,
@@ -241,7 +241,8 @@ class Reconciler:
             while not self._serves(model_id, name):
                 left = deadline_s - self._clock.now()
                 phase = self.status.phases.get(model_id)
-                if left <= 0 or phase in (None, Phase.FAILED) or self._stopping:
+                comes = phase is not None and self.status.comes(model_id)
+                if left <= 0 or not comes or self._stopping:
                     state = self.status.in_short(model_id) if phase is not None else "gone"
                     raise ModelUnavailable(f"model {model_id!r} is {state}; try again")
                 if name and model_id not in self.names.get(name, ()):

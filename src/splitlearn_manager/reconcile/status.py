@@ -192,6 +192,14 @@ class StatusBook:
         """The phase of each model; another object whenever `revision` is another."""
         return self._board.phases
 
+    def comes(self, model_id: str) -> bool:
+        """Whether requests may wait for it: it has not failed, or is loaded again as soon as it can be."""
+        board = self._board
+        if board.phases.get(model_id) is not Phase.FAILED:
+            return True
+        entry = board.entries.get(model_id)
+        return entry is not None and entry.facts.comes_back
+
     def in_short(self, model_id: str) -> str:
         """A model's phase, with the reason where that says more: `Failed (LoadFailed)`."""
         board = self._board

@@ -235,6 +235,7 @@ class ManagedBackend:
             phase = phases.get(model_id)
             # One that has served and loads is on its way back, as evicted ones are, or its next version is.
             returns = phase is Phase.LOADING and self._reconciler.has_served(model_id)
+            returns = returns or (phase is Phase.FAILED and self._reconciler.status.comes(model_id))
             if phase in _WAKES_ON_REQUEST or returns or self._is_awaited(model_id):
                 return model_id
         if known and name:

@@ -449,6 +449,41 @@ def test_a_plain_forward_is_refused_if_no_thread_can_be_started_that_waits(
     later.result()
 
 
+def test_an_evicted_model_whose_load_failed_once_is_tried_again(parked: Server) -> None:
+    """Seen to fail: it was Failed for good, as evicted ones wait for requests and failed ones refuse them."""
+    one, later = (Asked(torch.ones(1, 4)) for _ in range(2))
+    parked.bench.runtime.failures["m"] = broken()
+    assert parked.backend.enter("m", one)
+    eventually(lambda: [parked.settle(), one.ended.is_set()][1], "it is refused")
+    parked.bench.runtime.failures.clear()
+    parked.bench.clock.advance(1.5)
+    parked.settle()
+    assert parked.reconciler.status.phases["m"] == "Ready"
+    assert parked.backend.enter("m", later)
+    later.result()
+
+
+def test_a_request_makes_room_for_a_model_whose_load_failed_before() -> None:
+    """Seen to fail: in the turn that made room the model counted as failed, and the request was refused."""
+    server = Server(max_models=1)
+    server.bench.runtime.failures["m"] = broken()
+    server.declare("m")
+    server.settle()
+    server.bench.runtime.failures.clear()
+    server.declare("other", priority=1)
+    server.settle()
+    server.declare("other")
+    server.settle()
+    for _ in range(3):
+        server.bench.clock.advance(30.0)
+        assert server.answers("other") == "other"
+    assert server.reconciler.status.phases["m"] == "Failed"
+    one = Asked(torch.ones(1, 4))
+    assert server.backend.enter("m", one)
+    eventually(lambda: [server.settle(), one.ended.is_set()][1], "it is answered")
+    one.result()
+
+
 def test_one_that_asks_by_the_name_of_the_next_version_waits_for_that_and_costs_nothing() -> None:
     """Seen to fail, with a thread that tries it all the time, when it waits for the model alone."""
     server = Server()
