@@ -49,8 +49,9 @@ class SourceTree:
         """Remove all traces; modules that are still in use stay usable, but import nothing more."""
         if self in sys.meta_path:
             sys.meta_path.remove(self)
-        for name in [n for n in sys.modules if n == self.name or n.startswith(f"{self.name}.")]:
-            sys.modules.pop(name, None)
+        for name in list(sys.modules):  # copied at once: other threads import meanwhile
+            if name == self.name or name.startswith(f"{self.name}."):
+                sys.modules.pop(name, None)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
