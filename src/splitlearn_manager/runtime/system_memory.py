@@ -10,8 +10,10 @@ import ctypes
 import gc
 import os
 import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _OWN_MAPPING = 32 * 2**20
 """Larger blocks have a mapping of their own, which goes when they are freed; glibc takes no more."""
 _KEPT_FREE = 2 * _OWN_MAPPING
+_KEPT_WHILE_FREEING = 128 * 1024
 _MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
@@ -60,6 +63,45 @@ def keep_for_the_next_batch() -> None:
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING)
         mallopt(_M_TRIM_THRESHOLD, _KEPT_FREE)
+        _returning.mallopt = mallopt
+
+
+class _Returning:
+    """See `returning_what_is_freed`: the setting is the process's, and models may go at the same time.
+
+    Attributes:
+        mallopt: sets what the C library keeps; None as long as it was not told to keep anything.
+    """
+
+    def __init__(self) -> None:
+        self.mallopt: Callable[[int, int], object] | None = None
+        self._lock = threading.Lock()
+        self._going = 0
+
+    def add(self, going: int) -> None:
+        """One more model goes, or one less."""
+        with self._lock:
+            self._going += going
+            if self.mallopt is not None:
+                kept = _KEPT_WHILE_FREEING if self._going else _KEPT_FREE
+                self.mallopt(_M_TRIM_THRESHOLD, kept)
+
+
+_returning = _Returning()
+
+
+@contextmanager
+def returning_what_is_freed() -> Iterator[None]:
+    """Have the C library return at once what is freed until the end of the block: a model's weights.
+
+    `trim_heap` does not return what is free at the end of the memory of a thread. Weights are read by threads
+    of their own, and are often the end of it.
+    """
+    _returning.add(1)
+    try:
+        yield
+    finally:
+        _returning.add(-1)
 
 
 def give_back(device: str, is_freed: Callable[[], bool] = lambda: False) -> None:

@@ -28,7 +28,12 @@ from splitlearn_manager.runtime.base import (
 )
 from splitlearn_manager.runtime.joining import random_input, try_joining
 from splitlearn_manager.runtime.sequences import SequenceFunction, try_lengths
-from splitlearn_manager.runtime.system_memory import give_back, trim_heap, watch_module
+from splitlearn_manager.runtime.system_memory import (
+    give_back,
+    returning_what_is_freed,
+    trim_heap,
+    watch_module,
+)
 from splitlearn_manager.runtime.warmup import warm_up
 
 if TYPE_CHECKING:
@@ -232,8 +237,9 @@ class RunningInThreads:
         function, self._function = self._function, None
         if function is None:
             return
-        function.teardown()
-        is_freed = watch_module(function.model)
-        del function
-        self._release()
-        give_back(self._device, is_freed)
+        with returning_what_is_freed():
+            function.teardown()
+            is_freed = watch_module(function.model)
+            del function
+            self._release()
+            give_back(self._device, is_freed)
