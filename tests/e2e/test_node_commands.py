@@ -254,7 +254,7 @@ def test_apply_says_what_it_does_and_ends_when_all_is_as_the_files_say(tmp_path:
     names = ("one", "two", "three", "four")
     for name in names:
         declare(directory, name, config=constant(1.0))
-    with Node(directory, {"settle_s": 2}) as node:
+    with Node(directory, {"settle_s": 5}) as node:
         for name in names:
             node.wait_phase(name, "Ready")
         # The node settles long enough for the plan to be made before it acts, and from then on quickly.

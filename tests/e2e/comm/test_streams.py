@@ -359,17 +359,19 @@ from splitlearn_comm import GRPCComputeClient
 
 client = GRPCComputeClient(sys.argv[1], timeout=10)
 ones = torch.ones(1)
-assert client.compute_async(ones).result().item() == 2.0
+assert client.compute(ones).item() == 2.0
+inherited = client._channel._channel
 child = os.fork()
 assert client.compute_async(ones).result().item() == 2.0
 assert client.compute(ones).item() == 2.0
+assert (client._channel._channel is inherited) is bool(child)
 if not child:
     os._exit(7)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 """
 
 
-def test_a_process_that_was_forked_has_a_stream_of_its_own(
+def test_a_process_that_was_forked_has_a_connection_of_its_own(
     server: GRPCComputeServer, function: Gated
 ) -> None:
     function.gate.set()
