@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -178,3 +180,16 @@ def test_quiet_restores_what_was_set_once_the_last_one_leaves() -> None:
             assert not logging.is_progress_bar_enabled()
         assert not logging.is_progress_bar_enabled()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_a_factory_that_sets_nothing_brings_no_compiler() -> None:
+    """Its import takes a second of each process's first load."""
+    code = (
+        "import sys, torch\n"
+        "from splitlearn_manager.core.loaders.building import BUILD_GATE\n"
+        "before = 'torch._inductor.config' in sys.modules\n"
+        "with BUILD_GATE.factory():\n"
+        "    torch.nn.Linear(2, 2)\n"
+        "sys.exit(not before and 'torch._inductor.config' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
 from splitlearn_manager.core.loaders.torch_setup import TORCH_SETUP
 from splitlearn_manager.runtime.optimize.compiler import COMPILER
@@ -160,5 +161,8 @@ def test_two_traces_at_once_leave_modules_as_they_were() -> None:
             thread.join(60)
         left = nn.Module.__call__, nn.Module.__getattr__
         nn.Module.__call__, nn.Module.__getattr__ = before  # type: ignore[method-assign]
+        still_tracing = _symbolic_trace._is_fx_tracing_flag
+        _symbolic_trace._is_fx_tracing_flag = False
     assert left == before
+    assert not still_tracing, "nothing could be compiled any more"
     assert len(traced) == 2

@@ -80,16 +80,26 @@ def _for_all_threads() -> Callable[[], None]:
     import torch
 
     dtype, precision = torch.get_default_dtype(), torch.get_float32_matmul_precision()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    before = _determinism()
 
     def put_back() -> None:
         torch.set_default_dtype(dtype)
         if torch.get_float32_matmul_precision() != precision:
             torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        # Only if it has changed: torch imports half of its compiler for that, which takes a second.
+        if _determinism() != before:
+            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
     return put_back
+
+
+def _determinism() -> tuple[bool, bool]:
+    import torch
+
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
 
 
 def _for_this_thread() -> Callable[[], None]:

@@ -17,8 +17,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 _PATIENCE_S = 60.0
@@ -64,8 +63,7 @@ def _trace_in_one_thread() -> None:
 
     patcher = getattr(_symbolic_trace, "_Patcher", None)
     patch = getattr(patcher, "patch_method", None)
-    patched = getattr(_symbolic_trace, "_new_patcher", None)
-    if patch is None or patched is None:
+    if patch is None:
         # A version of torch that does it otherwise.
         return
 
@@ -81,20 +79,22 @@ def _trace_in_one_thread() -> None:
 
         patch(self, cls, name, method, deduplicate)
 
-    tracing = threading.RLock()
+    tracer, turn = _symbolic_trace.Tracer, threading.RLock()
+    trace = tracer.trace
 
-    @contextmanager
-    def one_at_a_time() -> Iterator[Any]:
-        mine = tracing.acquire(timeout=_PATIENCE_S)
+    @functools.wraps(trace)
+    def one_at_a_time(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # It also notes, for the whole process, that something is traced; and of two that overlap, the second
+        # one puts back what the first one had noted.
+        mine = turn.acquire(timeout=_PATIENCE_S)
         try:
-            with patched() as patches:
-                yield patches
+            return trace(self, *args, **kwargs)
         finally:
             if mine:
-                tracing.release()
+                turn.release()
 
     patcher.patch_method = patch_method  # type: ignore[union-attr]
-    _symbolic_trace._new_patcher = one_at_a_time
+    tracer.trace = one_at_a_time  # type: ignore[method-assign]
 
 
 TORCH_SETUP = TorchSetup()
