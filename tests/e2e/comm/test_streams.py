@@ -304,6 +304,10 @@ def test_a_client_that_is_dropped_leaves_no_threads_behind(
 ) -> None:
     before = set(threading.enumerate())
     dropped = GRPCComputeClient(f"127.0.0.1:{server.port}", PATIENCE_S)
+    # To collect garbage holds this process up, its server too, for longer than a client tries to connect.
+    function.gate.set()
+    assert dropped.compute_async(torch.ones(1)).result(PATIENCE_S).item() == 2.0
+    function.gate.clear()
     last = dropped.compute_async(torch.ones(1))
     del dropped
     gc.collect()
