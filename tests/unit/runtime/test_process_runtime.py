@@ -109,15 +109,6 @@ def code(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def started() -> Iterator[list[RunningInProcess]]:
-    """What is put into it is closed in the end."""
-    running: list[RunningInProcess] = []
-    yield running
-    for each in running:
-        each.close()
-
-
 def start(
     path: object, base: Path, started: list[RunningInProcess], **keys: object
 ) -> RunningInProcess:

@@ -7,7 +7,6 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -108,15 +107,6 @@ def make(wish):
 def code(tmp_path: Path) -> Path:
     (tmp_path / "faulty_net.py").write_text(CODE)
     return tmp_path
-
-
-@pytest.fixture
-def started() -> Iterator[list[RunningInProcess]]:
-    """What is put into it is closed in the end."""
-    running: list[RunningInProcess] = []
-    yield running
-    for each in running:
-        each.close()
 
 
 def start(code: Path, wish: str, started: list[RunningInProcess]) -> RunningInProcess:
