@@ -91,13 +91,12 @@ def record(root: Path) -> Mapping[str, str]:
     _of_once(root, recorder)
     with Node(directory, settings, environment={"XDG_STATE_HOME": str(root / "state")}) as node:
         node.wait_phase("mlp", "Ready")
-        # By then the pause until the next try is so long that none falls into what is typed.
-        failed = lambda: node.status("ranker").get("attempts") == 3  # noqa: E731
-        eventually(failed, "ranker has failed three times")
+        node.wait_phase("ranker", "Failed")
         eventually(lambda: node.find("Loaded model=bert"), "bert is loaded")
         eventually(lambda: any("Ask it" in line for line in node.printed), "the node is ready")
         recorder.keep("run", _of_run(node))
         _of_rollouts(node, recorder)
+        _of_what_is_so(node, recorder)
         _beside(directory, recorder)
     return recorder.examples
 
@@ -117,13 +116,35 @@ def _of_rollouts(node: Node, recorder: _Recorder) -> None:
     eventually(lambda: not node.status("tuned"), "the model is gone")
 
 
+def _of_what_is_so(node: Node, recorder: _Recorder) -> None:
+    """What is typed while ranker has failed, and is not just being tried again.
+
+    Where a try falls into it, all is typed once more: the pauses between tries grow.
+    """
+
+    def settled() -> object:
+        status = node.status("ranker")
+        still = json.loads(node.get("/api/v1/node")[1])["settled"]
+        return status["phase"] == "Failed" and still and status["attempts"]
+
+    def typed() -> bool:
+        tries = eventually(settled, "ranker has failed, and nothing is going on")
+        kept = dict(recorder.examples)
+        recorder.type("status")
+        recorder.type("status", "mlp")
+        recorder.type("explain", "ranker")
+        if tries == settled():
+            return True
+        recorder.examples = kept
+        return False
+
+    eventually(typed, "no try falls into what is typed", 120)
+
+
 def _beside(directory: Path, recorder: _Recorder) -> None:
     """What is typed beside the node."""
     recorder.type("wait", "--for", "ready", "mlp")
     recorder.type("wait", "--for", "ready", "--timeout", "1", "bert", "rankr")
-    recorder.type("status")
-    recorder.type("status", "mlp")
-    recorder.type("explain", "ranker")
     recorder.type("suspend", "mlp")
     recorder.type("resume", "mlp")
     recorder.type("retry", "ranker")
