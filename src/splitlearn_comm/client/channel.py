@@ -205,7 +205,8 @@ class ComputeChannel:
             ("grpc.max_receive_message_length", self.max_message_length),
             # gRPC's own wait before it connects again grows to two minutes, far beyond the retries here.
             ("grpc.initial_reconnect_backoff_ms", 200),
-            ("grpc.min_reconnect_backoff_ms", 200),
+            # So long an attempt may take: a lost packet, and a TLS handshake with a distant server.
+            ("grpc.min_reconnect_backoff_ms", 5000),
             ("grpc.max_reconnect_backoff_ms", 2000),
             # A connection of its own: a client must not inherit another one's wait.
             ("grpc.use_local_subchannel_pool", 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,20 +36,34 @@ class BoundedPool(ThreadPoolExecutor):
         return self._outstanding >= self.limit
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Queue a piece of work, full or not."""
+        """Queue a piece of work, full or not.
+
+        Raises:
+            RuntimeError: if the pool was shut down, or the system allows no thread; it is then never run.
+        """
         self.enter()
         try:
-            future = super().submit(fn, *args, **kwargs)
+            future = self._queue(functools.partial(fn, *args, **kwargs))
         except RuntimeError:
-            # It has been shut down, or the system allows no further thread.
             self.leave()
             raise
         future.add_done_callback(lambda _: self.leave())
         return future
 
     def start(self, work: Callable[[], None]) -> None:
-        """Queue what counts already, since `enter`."""
-        super().submit(work)
+        """Queue what counts already, since `enter`. Raises as `submit` does."""
+        self._queue(work)
+
+    def _queue(self, work: Callable[[], T]) -> Future[T]:
+        # Python's pool queues first and starts a thread then: what it raises for the want of one has been
+        # queued, and a thread that is there already may even have begun it.
+        future: Future[T] = Future()
+        try:
+            super().submit(_run, future, work)
+        except RuntimeError:
+            if future.cancel():
+                raise
+        return future
 
     def enter(self) -> None:
         """Count a piece of work that is done elsewhere, until `leave`."""
@@ -70,3 +85,14 @@ class BoundedPool(ThreadPoolExecutor):
                 return self._changed.wait_for(lambda: not self._outstanding, timeout_s)
             finally:
                 self._waits -= 1
+
+
+def _run(future: Future[T], work: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = work()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)

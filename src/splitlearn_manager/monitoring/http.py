@@ -22,6 +22,7 @@ import errno
 import io
 import json
 import logging
+import re
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ _INDEX = """splitlearn-manager
 /api/v1/events      what happened lately; ?after=N what happened since, ?model_id=ID to one model
 """
 
+_SERVER = re.compile("https?://[^/?]*", re.IGNORECASE)
 _WRITE_S = 10.0
 _DIGITS = 20
 """So many digits are read of a number: with as many it is larger than any that means something."""
@@ -149,6 +151,16 @@ def _events(query: str, states: States) -> Answer:
     return _json(HTTPStatus.OK, {"events": list(events), "next": last})
 
 
+def _path_and_query(target: str) -> tuple[str, str]:
+    """What a request line asks for; with a server before it, as proxies are asked (RFC 9112, 3.2.2)."""
+    target = target.partition("#")[0]
+    server = _SERVER.match(target)
+    if server is not None:
+        target = "/" + target[server.end() :].removeprefix("/")
+    path, _, query = target.partition("?")
+    return path, query
+
+
 def _whole_number(text: str) -> int | None:
     """A number that a client wrote; None if it is none.
 
@@ -209,7 +221,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self._discard_body()
-        path, _, query = self.path.partition("#")[0].partition("?")
+        path, query = _path_and_query(self.path)
         try:
             found = answer(path, query, self.server.sources)
         except Exception:

@@ -391,3 +391,36 @@ class TestTraining:
                 losses.append(loss.item())
         assert losses == pytest.approx(local_losses, rel=1e-4)
         assert losses[-1] < losses[0]
+
+
+def test_a_connection_may_take_its_time(server: GRPCComputeServer) -> None:
+    """A TLS handshake with a distant server does, or a lost packet; attempts were given up after 0.2 s."""
+
+    def passed_on(door: socket.socket) -> str:
+        came, _ = door.accept()
+        with came, socket.create_connection(("127.0.0.1", server.port)) as there:
+            came.settimeout(1.0)
+            try:
+                while sent := came.recv(65536):
+                    there.sendall(sent)
+                return "given up"
+            except TimeoutError:
+                came.settimeout(None)
+            there_to_here = threading.Thread(target=_copy, args=(there, came))
+            there_to_here.start()
+            _copy(came, there)
+            there_to_here.join(DEADLINE_S)
+        return "answered"
+
+    with socket.create_server(("127.0.0.1", 0)) as door, ThreadPoolExecutor(1) as threads:
+        passing = threads.submit(passed_on, door)
+        with GRPCComputeClient(f"127.0.0.1:{door.getsockname()[1]}") as client:
+            answer = client.compute(ONE, model_id="m")
+        assert torch.equal(answer, ONE * 2)
+        assert passing.result(DEADLINE_S) == "answered"
+
+
+def _copy(source: socket.socket, target: socket.socket) -> None:
+    while sent := source.recv(65536):
+        target.sendall(sent)
+    target.shutdown(socket.SHUT_WR)

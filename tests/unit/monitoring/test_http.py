@@ -274,6 +274,22 @@ def test_head_gives_the_headers_of_get_and_no_body(server: MonitoringServer, pat
         assert head.headers[name] == got.headers[name]
 
 
+@pytest.mark.parametrize(
+    ("target", "body"),
+    [
+        ("http://node:8000/api/v1/events?after=4", {"events": [], "next": 4}),
+        ("HTTPS://[::1]/api/v1/node", {"directory": "/desired"}),
+        ("http://node/nope", {"error": "nothing is at /nope; / lists what there is"}),
+        ("http:/nope", {"error": "nothing is at http:/nope; / lists what there is"}),
+    ],
+)
+def test_a_server_before_the_path_is_left_out(
+    server: MonitoringServer, target: str, body: object
+) -> None:
+    assert ask(server, target).json() == body
+    assert ask(server, "http://node:8000").headers["content-type"] == "text/plain; charset=utf-8"
+
+
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "BREW"])
 def test_other_methods_are_405(server: MonitoringServer, method: str) -> None:
     reply = ask(server, "/metrics", method, b"some body" if method != "BREW" else None)
