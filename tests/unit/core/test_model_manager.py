@@ -174,6 +174,20 @@ def test_a_reload_without_room_for_both_goes_in_the_models_place(real: Real) -> 
     assert len(real.runtime.open_models) == 1
 
 
+def test_a_reload_in_the_models_place_does_not_wait_for_requests_that_do_not_end(real: Real) -> None:
+    """It waited for ever."""
+    real.runtime.sizes_mb["a"] = 60.0
+    real.manager.load_model(model("a", drain_timeout_s=0.01))
+    lease = real.manager.lease("a")
+    with pytest.raises(OperationInProgress, match="its new version is loaded when") as raised:
+        real.manager.reload_model("a")
+    assert raised.value.reason == "DrainOverdue"
+    assert len(real.runtime.started) == 1
+    lease.release()
+    real.manager._wait(lambda: len(real.manager.table.all) == 1)
+    assert len(real.runtime.started) == 2
+
+
 def test_unloading_waits_for_running_requests() -> None:
     """Version 1.0 took the model away under them."""
     real = Real()
