@@ -11,7 +11,7 @@ from splitlearn_manager.core import model_reader
 from splitlearn_manager.core.events import EventKind
 from splitlearn_manager.core.measurement import Measurement
 from splitlearn_manager.core.model_manager import ModelManager
-from splitlearn_manager.reconcile import backoff, conditions, memory, plan, reconciler
+from splitlearn_manager.reconcile import backoff, conditions, memory, plan, turns
 from splitlearn_manager.reconcile.backoff import FailureRate
 from splitlearn_manager.reconcile.keeping import Keeper
 from splitlearn_manager.reconcile.memory import Memory
@@ -19,6 +19,7 @@ from splitlearn_manager.reconcile.orders import Orders
 from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.record import ModelRecord
 from splitlearn_manager.reconcile.standing import Standing
+from splitlearn_manager.reconcile.turns import Turns
 from splitlearn_manager.reconcile.waiters import Waiters
 
 
@@ -182,7 +183,7 @@ MUTANTS = (
     Mutant(
         "a failed load keeps its slot",
         "poll-mode model servers that freeze after one bad model",
-        lambda: [instead(reconciler, "carry_out", _failures_keep_their_slots)],
+        lambda: [instead(turns, "carry_out", _failures_keep_their_slots)],
     ),
     Mutant(
         "the plan depends on the order of its input",
@@ -192,17 +193,17 @@ MUTANTS = (
     Mutant(
         "actions are executed in another order than planned",
         "apply by kind or at random: what makes room comes after what needs it",
-        lambda: [instead(reconciler, "carry_out", _last_first)],
+        lambda: [instead(turns, "carry_out", _last_first)],
     ),
     Mutant(
         "a dry run does not know what is parked",
         "diffs against the files alone: what they announce is not what is done",
-        lambda: [instead(Reconciler, "observe", _observes_nothing_parked)],
+        lambda: [instead(Turns, "observe", _observes_nothing_parked)],
     ),
     Mutant(
         "the loop spins while something is pending",
         "requeue without delay: one object that waits costs a whole core",
-        lambda: [instead(Reconciler, "_summary", _always_due)],
+        lambda: [instead(Turns, "_summary", _always_due)],
     ),
     Mutant(
         "a request for a parked model is not heard",

@@ -20,8 +20,8 @@ from splitlearn_manager.core.others_use import HOLD_S, floor_mb, slack_mb
 from splitlearn_manager.core.relief import first_to_go
 from splitlearn_manager.errors import SplitlearnError
 from splitlearn_manager.reconcile.actions import Verb
-from splitlearn_manager.reconcile.reconciler import Turn
 from splitlearn_manager.reconcile.status import Phase
+from splitlearn_manager.reconcile.turns import Turn
 from support.shared_machine import PressureLab
 
 TOTAL_MB, BUDGET_MB = 2000.0, 1600.0

@@ -27,7 +27,7 @@ from splitlearn_manager.core.lifecycle import EDGES, Owner, State
 from splitlearn_manager.desired.state import DesiredState
 from splitlearn_manager.reconcile.actions import Action, Observed, Plan, Verb, Wanted
 from splitlearn_manager.reconcile.plan import plan as real_plan
-from splitlearn_manager.reconcile.reconciler import Turn
+from splitlearn_manager.reconcile.turns import Turn
 
 if TYPE_CHECKING:
     from simulation.episode import Episode

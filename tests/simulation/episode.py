@@ -30,10 +30,10 @@ from simulation.world import World
 from splitlearn_manager.core.events import ManagerEvent
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.desired.state import DesiredState, Instructions
-from splitlearn_manager.reconcile import reconciler
+from splitlearn_manager.reconcile import turns
 from splitlearn_manager.reconcile.actions import Observed, Plan, Wanted
 from splitlearn_manager.reconcile.plan import plan as real_plan
-from splitlearn_manager.reconcile.reconciler import Turn
+from splitlearn_manager.reconcile.turns import Turn
 
 REST_WITHIN_S = 900.0
 TURNS_AT_ONCE = 200
@@ -479,5 +479,5 @@ class Episode:
                 self._race(made)
             return made
 
-        with patched(reconciler, "plan", recorded):
+        with patched(turns, "plan", recorded):
             yield

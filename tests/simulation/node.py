@@ -30,9 +30,10 @@ from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.source import DesiredSource
 from splitlearn_manager.errors import SplitlearnError
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
 from splitlearn_manager.reconcile.store import Store
+from splitlearn_manager.reconcile.turns import Turn
 from splitlearn_manager.reconcile.waiters import Waiter
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.live_settings import LiveSettings

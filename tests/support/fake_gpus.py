@@ -22,8 +22,9 @@ from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.others_use import Reading
 from splitlearn_manager.core.resource_manager import ResourceManager
 from splitlearn_manager.errors import LoadError
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
+from splitlearn_manager.reconcile.turns import Turn
 from support.fake_nvml import FakeGpu, FakeNvml
 from support.fakes import (
     FakeClock,

@@ -18,9 +18,10 @@ from splitlearn_manager.core.measurement import Measurement, of_version
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.desired.source import DesiredSource
 from splitlearn_manager.errors import SplitlearnError
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.record import ModelRecord
 from splitlearn_manager.reconcile.store import Store
+from splitlearn_manager.reconcile.turns import Turn
 from support.fake_fs import FakeFileSystem
 from support.fakes import (
     FakeClock,

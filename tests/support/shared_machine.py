@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.model_manager import ModelManager
 from splitlearn_manager.core.others_use import Reading
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
+from splitlearn_manager.reconcile.turns import Turn
 from support.fakes import (
     FakeClock,
     FakeFiles,

@@ -41,9 +41,10 @@ from splitlearn_manager.logs import log_event
 from splitlearn_manager.monitoring.health import HealthChecker
 from splitlearn_manager.monitoring.http import MonitoringServer
 from splitlearn_manager.monitoring.metrics import MetricsCollector
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import NodeInfo
 from splitlearn_manager.reconcile.store import DirectoryFiles, Store
+from splitlearn_manager.reconcile.turns import Turn
 from splitlearn_manager.routing.router import ModelRouter
 from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.compute_service import ManagedBackend

@@ -16,7 +16,8 @@ from splitlearn_manager.monitoring.status_series import ModelReading, VersionRea
 from splitlearn_manager.reconcile.conditions import next_retry_s
 from splitlearn_manager.reconcile.described import sizes_of
 from splitlearn_manager.reconcile.facts import health_of, sync_of
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
+from splitlearn_manager.reconcile.turns import Turn
 
 # No model can be called so: an id begins with a letter or a digit.
 _UNKNOWN = "_unknown"

@@ -174,7 +174,9 @@ def test_a_reload_without_room_for_both_goes_in_the_models_place(real: Real) -> 
     assert len(real.runtime.open_models) == 1
 
 
-def test_a_reload_in_the_models_place_does_not_wait_for_requests_that_do_not_end(real: Real) -> None:
+def test_a_reload_in_the_models_place_does_not_wait_for_requests_that_do_not_end(
+    real: Real,
+) -> None:
     """It waited for ever."""
     real.runtime.sizes_mb["a"] = 60.0
     real.manager.load_model(model("a", drain_timeout_s=0.01))

@@ -17,8 +17,9 @@ from splitlearn_manager.desired.state import DesiredState, Instructions
 from splitlearn_manager.errors import ModelUnavailable
 from splitlearn_manager.reconcile.actions import TURN_S, Verb
 from splitlearn_manager.reconcile.observation import from_json, to_json
-from splitlearn_manager.reconcile.reconciler import Reconciler, Turn
+from splitlearn_manager.reconcile.reconciler import Reconciler
 from splitlearn_manager.reconcile.status import Phase
+from splitlearn_manager.reconcile.turns import Turn
 from support.fakes import Bench, FakeFiles, FakeRuntime, FakeSource, FixedBudgets, broken, model
 from support.waiting import eventually
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from splitlearn_manager.reconcile import reconciler
+from splitlearn_manager.reconcile import turns
 from splitlearn_manager.reconcile.plan import plan
 from support.loop_lab import SETTLE_S, STEP_S, LoopLab
 
@@ -29,7 +29,7 @@ def plans(lab: LoopLab, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[object
         made.append(plan(*arguments))  # type: ignore[arg-type]
         return made[-1]
 
-    monkeypatch.setattr(reconciler, "plan", counting)
+    monkeypatch.setattr(turns, "plan", counting)
     yield made
     monkeypatch.undo()
 
