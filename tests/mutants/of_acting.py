@@ -16,7 +16,9 @@ from splitlearn_manager.core.instances import Instances
 from splitlearn_manager.core.ledger import Ledger, Shortfall
 from splitlearn_manager.core.lifecycle import Owner, State
 from splitlearn_manager.reconcile import plan
+from splitlearn_manager.reconcile.actions import Action
 from splitlearn_manager.reconcile.room import Room
+from splitlearn_manager.reconcile.updating import Updates
 from splitlearn_manager.reconcile.wanting import Wishes
 
 
@@ -209,8 +211,9 @@ def _recreates(real: Any) -> Any:
     def update(self: Any, wanted: Any, serving: Any) -> Any:
         config = wanted.spec.config.model_copy(update={"update": "recreate"})
         spec = dataclasses.replace(wanted.spec, config=config)
-        action = real(self, dataclasses.replace(wanted, spec=spec), serving)
-        return dataclasses.replace(action, spec=wanted.spec) if action is not None else None
+        found = real(self, dataclasses.replace(wanted, spec=spec), serving)
+        is_action = isinstance(found, Action)
+        return dataclasses.replace(found, spec=wanted.spec) if is_action else found
 
     return update
 
@@ -290,7 +293,7 @@ MUTANTS = (
     Mutant(
         "updates always take the old version away first",
         "stop, then start: an outage for each deployment, whatever room there is",
-        lambda: [instead(plan._Planner, "_update", _recreates)],
+        lambda: [instead(Updates, "of", _recreates)],
     ),
     Mutant(
         "idle models are never parked",

@@ -18,7 +18,6 @@ from splitlearn_manager.core.snapshot import Snapshot
 from splitlearn_manager.desired.state import DesiredModel, DesiredState
 from splitlearn_manager.logs import log_event
 from splitlearn_manager.reconcile.backoff import Attempt
-from splitlearn_manager.reconcile.plan import describe_changes
 from splitlearn_manager.reconcile.record import (
     HISTORY_KEPT,
     READY,
@@ -27,6 +26,7 @@ from splitlearn_manager.reconcile.record import (
     Record,
 )
 from splitlearn_manager.reconcile.store import Store
+from splitlearn_manager.reconcile.updating import describe_changes
 
 log = logging.getLogger(__name__)
 

@@ -29,31 +29,24 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import inf
 
-from splitlearn_manager.config.model_config import changes
-from splitlearn_manager.core.eviction import (
-    AdmissionRequest,
-    Admitted,
-    Refused,
-)
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner, State
 from splitlearn_manager.core.snapshot import InstanceView, residents
-from splitlearn_manager.errors import LoadTimeout
 from splitlearn_manager.reconcile.actions import (
     PARKED,
     RELIEF_SHOWS_S,
     Action,
-    Mode,
     Observed,
     Plan,
     Verb,
     Waiting,
     Wanted,
 )
-from splitlearn_manager.reconcile.backoff import MOST_FAILURES, WINDOW_S, Attempt
 from splitlearn_manager.reconcile.filling import Filling
 from splitlearn_manager.reconcile.forecast import forecast
 from splitlearn_manager.reconcile.parking import park_if_idle
 from splitlearn_manager.reconcile.room import Room
+from splitlearn_manager.reconcile.tries import Tries, over_memory_limit
+from splitlearn_manager.reconcile.updating import Updates, describe_changes
 
 
 def plan(desired: Mapping[str, Wanted], observed: Observed) -> Plan:
@@ -74,6 +67,8 @@ class _Planner:
             self._by_id.setdefault(view.model_id, []).append(view)
         awaited = observed.demands.keys()
         self._room = Room(observed.snapshot.ledger, residents(views, Owner.DIRECTORY, awaited))
+        self._tries = Tries(observed, self._by_id)
+        self._updates = Updates(desired, observed, self._by_id, self._room, self._tries)
         self._waiting: list[Waiting] = []
         self._due: list[float] = []
         self._short: list[tuple[Wanted, InstanceView]] = []
@@ -221,8 +216,11 @@ class _Planner:
             return self._leave(serving)
         if serving.spec.version != wanted.spec.version:
             # One that waits for its update is parked when idle like any other.
-            action = self._update(wanted, serving)
-            return action or self._park_if_idle(serving, wanted, waits=True)
+            update = self._updates.of(wanted, serving)
+            if isinstance(update, Action):
+                return update
+            self._waiting.append(update)
+            return self._park_if_idle(serving, wanted, waits=True)
         if not _is_said_of(serving, wanted):
             return self._adjust(wanted, serving)
         if serving.reserved_mb < _mb_with(serving.spec, serving):
@@ -284,7 +282,7 @@ class _Planner:
         model_id = wanted.spec.model_id
         if wanted.own_limit_problem is not None:
             # What is loaded breaks the new limit, and a load of the same would break it too.
-            self._waiting.append(_over_memory_limit(model_id, wanted.own_limit_problem))
+            self._waiting.append(over_memory_limit(model_id, wanted.own_limit_problem))
             return None
         mb = _mb_with(wanted.spec, serving)
         if not self._room.resize(serving.key, mb):
@@ -340,7 +338,7 @@ class _Planner:
         if parked_s is not None and not is_asked_for and wanted.accepted_s <= parked_s:
             self._wait(model_id, "Evicted", PARKED)
             return
-        if (limit := self._limit(model_id)) is not None:
+        if (limit := self._tries.limit(model_id)) is not None:
             self._waiting.append(limit)
             return
         fallback = self._observed.fallbacks.get(model_id)
@@ -350,7 +348,7 @@ class _Planner:
             self._former[model_id] = fallback.spec
             to_load.append(fallback)
             return
-        why = self._why_not_load(wanted)
+        why = self._tries.why_not(wanted)
         if why is None and wanted.spec.config.rollout is not None and fallback is not None:
             message = "the version that served last is loaded first; the new one is tried beside it"
             self._wait(model_id, "RolloutPending", message)
@@ -364,144 +362,12 @@ class _Planner:
         if why.failed and fallback is not None:
             to_load.append(fallback)
 
-    def _limit(self, model_id: str) -> Waiting | None:
-        """That so many loads of the model have failed lately that none is tried, whoever asks."""
-        until_s = self._observed.limited.get(model_id)
-        if until_s is None or until_s <= self._observed.now_s:
-            return None
-        attempt = self._observed.attempts.get(model_id)
-        message = (
-            f"{MOST_FAILURES} loads of it failed within {WINDOW_S:g} s; no more than so many are tried, "
-            "whatever asks for it"
-        )
-        if attempt is not None:
-            message += f"; the last one: {attempt.message}"
-        return Waiting(model_id, "RateLimited", message, until_s, failed=True)
-
-    def _why_not_load(self, wanted: Wanted) -> Waiting | None:
-        """Why a load of this very version is not to be tried now, whatever room there is."""
-        model_id = wanted.spec.model_id
-        if not wanted.weights_ready:
-            if wanted.weights_problem:
-                return Waiting(model_id, "WeightsNotFound", wanted.weights_problem, failed=True)
-            return Waiting(model_id, "WeightsNotReady", "its files are still changing")
-        if wanted.own_limit_problem is not None:
-            return _over_memory_limit(model_id, wanted.own_limit_problem)
-        if (limit := self._limit(model_id)) is not None:
-            return limit
-        attempt = self._observed.attempts.get(model_id)
-        if attempt is None or not attempt.concerns(wanted.spec):
-            return None
-        if wanted.suspended:
-            message = f"{attempt.message}; not tried again while it is suspended"
-            return Waiting(model_id, attempt.reason, message, failed=True)
-        views = self._by_id.get(model_id, ())
-        if any(v.state is State.FAILED and attempt.concerns(v.spec) for v in views):
-            # Given up, and its loader has not come back: another one would hang beside it, and
-            # each of them holds a place until it returns.
-            hangs = attempt.reason == LoadTimeout.__name__
-            due_s = (
-                attempt.retry_at_s if attempt.blocks(wanted.spec, self._observed.now_s) else None
-            )
-            return _after_failure(model_id, attempt, None if hangs else due_s)
-        if attempt.blocks(wanted.spec, self._observed.now_s):
-            return _after_failure(model_id, attempt, attempt.retry_at_s)
-        return None
-
-    def _update(self, wanted: Wanted, serving: InstanceView) -> Action | None:
-        spec = wanted.spec
-        attempt = self._observed.attempts.get(spec.model_id)
-        # A rollout has both versions at a time.
-        setting = spec.config.update if spec.config.rollout is None else "surge"
-        why = self._why_not_load(wanted)
-        if why is not None and (setting == "surge" or not _is_due_later(why, attempt)):
-            self._waiting.append(why)
-            return None
-        request = AdmissionRequest(
-            spec.model_id,
-            wanted.devices,
-            wanted.mb,
-            spec.config.priority,
-            wanted.accepted_s,
-            may_evict=False,
-        )
-        if setting != "recreate" and (first := self._asked_for_first(wanted)) is not None:
-            message = f"requests wait for {first}, which takes the memory first"
-            return self._wait(spec.model_id, "AwaitingMemory", message)
-        beside = self._room.ask(request)
-        if setting != "recreate" and isinstance(beside, Admitted):
-            if why is None:
-                return self._updating(wanted, serving, Mode.SURGE, beside.device)
-            self._waiting.append(why)
-            return None
-        if setting == "surge":
-            message = (
-                beside.message if isinstance(beside, Refused) else "waits for memory to come back"
-            )
-            reason = beside.reason if isinstance(beside, Refused) else "AwaitingMemory"
-            return self._wait(spec.model_id, reason, message)
-        if attempt is not None and attempt.concerns(spec):
-            # Taking the old version away again for what failed once would cost an outage a try.
-            self._waiting.append(_after_failure(spec.model_id, attempt, None))
-            return None
-        instead = self._room.ask(replace(request, replaces=serving.key))
-        if isinstance(instead, Admitted):
-            return self._updating(wanted, serving, Mode.RECREATE, instead.device)
-        if isinstance(instead, Refused):
-            return self._wait(spec.model_id, instead.reason, instead.message)
-        return self._wait(spec.model_id, "AwaitingMemory", "waits for memory to come back")
-
-    def _asked_for_first(self, wanted: Wanted) -> str | None:
-        """Whose room an update would take that requests wait for: others may have gone to make it."""
-        for model_id in sorted(self._observed.demands):
-            other = self._desired.get(model_id)
-            if other is None or model_id in self._by_id or self._why_not_load(other) is not None:
-                continue
-            config = other.spec.config
-            if config.priority < wanted.spec.config.priority or self._limit(model_id) is not None:
-                continue
-            request = AdmissionRequest(
-                model_id,
-                other.devices,
-                other.mb,
-                config.priority,
-                other.accepted_s,
-                may_evict=False,
-            )
-            fits = self._room.ask(request)
-            if isinstance(fits, Admitted) and not self._room.fits_besides(
-                fits.device, other.mb, wanted.devices, wanted.mb
-            ):
-                return model_id
-        return None
-
-    def _updating(self, wanted: Wanted, serving: InstanceView, mode: Mode, device: str) -> Action:
-        spec = wanted.spec
-        self._room.mark_freeing((serving.key,))
-        self._room.promise(spec.model_id, device, wanted.mb)
-        return Action(
-            Verb.UPDATE,
-            spec.model_id,
-            describe_changes(serving.spec, spec),
-            spec=spec,
-            key=serving.key,
-            device=device,
-            mb=wanted.mb,
-            mode=mode,
-            reason="SpecChanged" if serving.spec.load_hash != spec.load_hash else "WeightsChanged",
-            source=wanted.source,
-        )
-
     def _wait(
         self, model_id: str, reason: str, message: str, until_s: float | None = None
     ) -> Action | None:
         """Notes why the model gets no action, and gives that: no action."""
         self._waiting.append(Waiting(model_id, reason, message, until_s))
         return None
-
-
-def _over_memory_limit(model_id: str, problem: str) -> Waiting:
-    return Waiting(model_id, "OverMemoryLimit", problem, failed=True)
 
 
 def _mb_with(spec: ModelSpec, serving: InstanceView) -> float:
@@ -521,20 +387,3 @@ def _adjusted(old: ModelSpec, new: ModelSpec) -> str:
     if old.spec_hash == new.spec_hash:
         return f"as it was, now as generation {new.generation}"
     return describe_changes(old, new)
-
-
-def _is_due_later(why: Waiting, attempt: Attempt | None) -> bool:
-    """Whether a load that failed is to be tried again at a known time."""
-    return attempt is not None and why.until_s is not None and why.reason == attempt.reason
-
-
-def _after_failure(model_id: str, attempt: Attempt, until_s: float | None) -> Waiting:
-    return Waiting(model_id, attempt.reason, attempt.message, until_s, failed=True)
-
-
-def describe_changes(old: ModelSpec, new: ModelSpec) -> str:
-    """What differs between two specs, for people: `dtype float16 → bfloat16, weights changed`."""
-    parts = [str(change) for change in changes(old.config, new.config)]
-    if old.weights != new.weights:
-        parts.append("weights changed")
-    return ", ".join(parts) or "nothing a person could see"

@@ -15,7 +15,8 @@ from splitlearn_manager.reconcile.actions import (
     Wanted,
 )
 from splitlearn_manager.reconcile.backoff import Attempt
-from splitlearn_manager.reconcile.plan import describe_changes, plan
+from splitlearn_manager.reconcile.plan import plan
+from splitlearn_manager.reconcile.updating import describe_changes
 from support.fakes import Bench, model
 
 
