@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING
 from splitlearn_manager.config.model_config import ModelConfig
 from splitlearn_manager.core.clock import Clock, Executor, SystemClock, ThreadExecutor
 from splitlearn_manager.core.events import EventKind, ManagerEvent
+from splitlearn_manager.core.instance_book import Successor
 from splitlearn_manager.core.instance_work import InstanceWork, why_unloaded
-from splitlearn_manager.core.instances import Instances, Successor
+from splitlearn_manager.core.instances import Instances
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.ledger import Ledger
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner

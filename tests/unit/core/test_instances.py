@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from splitlearn_manager.core.instances import Instances, Successor
+from splitlearn_manager.core.instance_book import Successor
+from splitlearn_manager.core.instances import Instances
 from splitlearn_manager.core.ledger import Ledger, LedgerError
 from splitlearn_manager.core.lifecycle import IllegalTransition, ModelSpec, Owner, State
 from splitlearn_manager.core.managed_model import ManagedModel
