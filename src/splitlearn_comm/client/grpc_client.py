@@ -20,16 +20,11 @@ from typing import NoReturn
 import grpc
 import torch
 
+from splitlearn_comm.client.asking import HEALTHY, AsksServer
 from splitlearn_comm.client.carriage import Carriage
 from splitlearn_comm.client.channel import ComputeChannel
 from splitlearn_comm.client.errors import RemoteComputeError
-from splitlearn_comm.client.messages import (
-    MonitoringData,
-    ServiceDescription,
-    encode_exactly,
-    monitoring_data,
-    service_description,
-)
+from splitlearn_comm.client.messages import encode_exactly
 from splitlearn_comm.client.prepared import Prepared
 from splitlearn_comm.client.requests import RequestStream
 from splitlearn_comm.client.retry import ExponentialBackoff, RetryStrategy
@@ -41,11 +36,10 @@ from splitlearn_comm.core.messages import decode_cache, encode_cache
 from splitlearn_comm.protocol import compute_pb2
 
 DEFAULT_MAX_MESSAGE_LENGTH = 100 * 1024 * 1024
-_HEALTHY = "ok"
 _log = logging.getLogger(__name__)
 
 
-class GRPCComputeClient:
+class GRPCComputeClient(AsksServer):
     """A client of one server; safe to use from several threads, and as a context manager.
 
     Args:
@@ -79,8 +73,17 @@ class GRPCComputeClient:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.server_address = server_address
-        self.timeout = timeout
+        self._retries = retry_strategy or ExponentialBackoff()
+        channel = ComputeChannel(
+            server_address,
+            max_message_length,
+            self._retries,
+            credentials=credentials,
+            metadata=metadata,
+            sleep=sleep,
+            clock=clock,
+        )
+        super().__init__(channel, timeout)
         self._codec = codec or TensorCodec()
         if shared_memory and not server_address.startswith("unix:"):
             raise ValueError(
@@ -93,20 +96,9 @@ class GRPCComputeClient:
             known=lambda: self._info().custom_info,
         )
         self._clock = clock
-        self._retries = retry_strategy or ExponentialBackoff()
         self._statistics = CallStatistics()
-        self._last_load: compute_pb2.MonitoringSnapshot | None = None
         self._stream: RequestStream | None = None
         self._stream_lock = threading.Lock()
-        self._channel = ComputeChannel(
-            server_address,
-            max_message_length,
-            self._retries,
-            credentials=credentials,
-            metadata=metadata,
-            sleep=sleep,
-            clock=clock,
-        )
 
     # -- connection -----------------------------------------------------------------------------------
 
@@ -122,7 +114,7 @@ class GRPCComputeClient:
         health = self._health()
         if health is None:
             return False
-        if health.status != _HEALTHY:
+        if health.status != HEALTHY:
             _log.warning(
                 "server=%s status=%s message=%s", self.server_address, health.status, health.message
             )
@@ -442,88 +434,6 @@ class GRPCComputeClient:
     def get_statistics(self) -> Statistics:
         """Return the number of answered calls and their mean times in milliseconds."""
         return self._statistics.summary()
-
-    # -- the server -----------------------------------------------------------------------------------
-
-    def health_check(self) -> bool:
-        """Ask once; False if the server cannot be reached or is not healthy."""
-        health = self._health()
-        return health is not None and health.status == _HEALTHY
-
-    def get_service_info(self) -> ServiceDescription | None:
-        """Return what the server says of itself, None if it cannot be reached."""
-        try:
-            info = self._info()
-        except RemoteComputeError as error:
-            _log.warning("server=%s rpc=GetServiceInfo %s", self.server_address, error)
-            return None
-        return service_description(info)
-
-    def get_server_monitoring_data(self) -> MonitoringData | None:
-        """Return the newest load that came with an answer; without one, ask for it.
-
-        Returns:
-            None if the server cannot be reached.
-        """
-        if self._last_load is not None:
-            return monitoring_data(self._last_load)
-        try:
-            return next(self._loads(timeout_s=self.timeout), None)
-        except RemoteComputeError as error:
-            _log.warning("server=%s rpc=StreamMonitoring %s", self.server_address, error)
-            return None
-
-    def stream_monitoring(self, sampling_interval: float = 1.0) -> Iterator[MonitoringData]:
-        """Yield the server's load until the iterator is closed, the client is, or the server stops.
-
-        Args:
-            sampling_interval: seconds between two; the server keeps it within 0.1 and 5.
-
-        Raises:
-            RemoteComputeError: when the stream breaks.
-        """
-        return self._loads(sampling_interval)
-
-    def _loads(
-        self, sampling_interval: float = 1.0, timeout_s: float | None = None
-    ) -> Iterator[MonitoringData]:
-        answers = self._channel.stream(
-            "StreamMonitoring",
-            compute_pb2.MonitoringStreamRequest(sampling_interval=sampling_interval),
-            compute_pb2.MonitoringSnapshotResponse,
-            timeout_s=timeout_s,
-        )
-        for answer in answers:
-            self._last_load = answer.snapshot
-            yield monitoring_data(answer.snapshot)
-
-    def _info(self) -> compute_pb2.ServiceInfoResponse:
-        return self._channel.call(
-            "GetServiceInfo",
-            compute_pb2.ServiceInfoRequest(),
-            compute_pb2.ServiceInfoResponse,
-            timeout_s=self.timeout,
-            retry=True,
-        )
-
-    def _health(self) -> compute_pb2.HealthResponse | None:
-        try:
-            return self._channel.call(
-                "HealthCheck",
-                compute_pb2.HealthRequest(),
-                compute_pb2.HealthResponse,
-                timeout_s=self.timeout,
-                retry=False,
-            )
-        except RemoteComputeError as error:
-            _log.warning("server=%s rpc=HealthCheck %s", self.server_address, error)
-            return None
-
-    def _note_load(
-        self, response: compute_pb2.ComputeResponse | compute_pb2.BackwardResponse
-    ) -> None:
-        if response.HasField("monitoring_data"):
-            self._last_load = response.monitoring_data
 
     def _recorded(self, started_s: float, compute_time_ms: float) -> Timing:
         spent = timing(self._clock() - started_s, compute_time_ms)
