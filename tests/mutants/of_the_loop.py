@@ -10,7 +10,7 @@ from simulation.machine import StateFiles
 from splitlearn_manager.core import model_reader
 from splitlearn_manager.core.events import EventKind
 from splitlearn_manager.core.measurement import Measurement
-from splitlearn_manager.core.model_manager import ModelManager
+from splitlearn_manager.core.operations import Operations
 from splitlearn_manager.reconcile import backoff, conditions, memory, plan, turns
 from splitlearn_manager.reconcile.backoff import FailureRate
 from splitlearn_manager.reconcile.keeping import Keeper
@@ -253,7 +253,7 @@ MUTANTS = (
     Mutant(
         "a restart forgets what loads measured",
         "caches of sizes in memory: after a crash everything is guessed again, at the worst moment",
-        lambda: [(ModelManager, "restore_measurements", lambda self, model_id, measured: None)],
+        lambda: [(Operations, "restore_measurements", lambda self, model_id, measured: None)],
     ),
     Mutant(
         "what one version measured is taken for another's",

@@ -537,6 +537,7 @@ def test_a_limit_on_address_space_counts_as_one_on_memory() -> None:
         "from splitlearn_manager.core.resource_manager import ResourceManager\n"
         "rm = ResourceManager()\n"
         "def free(): r = rm.readings()['cpu']; return r.total_mb - r.used_mb\n"
+        "free()\n"
         "before = free()\n"
         "held = bytearray(200 << 20)\n"
         "print(rm.readings()['cpu'].total_mb, before - free(), before < 3072)\n"
