@@ -19,7 +19,7 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from threading import get_ident
 from typing import Any, NamedTuple
@@ -29,14 +29,13 @@ import grpc
 from splitlearn_comm.http2.connection import Connection
 from splitlearn_comm.http2.handlers import InPool, TakenOver, TakenOverStream
 from splitlearn_comm.http2.headers import Metadata
+from splitlearn_comm.http2.listening import listen, peer_of
 from splitlearn_comm.http2.polling import NoWork, Polling, Work
 from splitlearn_comm.http2.stream import Handler, StreamOfCall
 
 _log = logging.getLogger(__name__)
 
-_WAITING_CONNECTIONS = 1024
 _SCRATCH_BYTES = 256 * 1024
-_FREE_PORTS_TRIED = 16
 _LAST_WORDS_S = 0.5
 """How long at least a server that has stopped waits for its last answers to be taken."""
 _READ = selectors.EVENT_READ
@@ -108,7 +107,7 @@ class Server(grpc.Server):
             RuntimeError: if that cannot be.
         """
         try:
-            listening = _listen(address)
+            listening = listen(address)
         except (OSError, ValueError) as error:
             raise RuntimeError(f"cannot listen on {address}: {error}") from error
         self._listening.extend(listening)
@@ -291,7 +290,7 @@ class Server(grpc.Server):
         if connection.family != socket.AF_UNIX:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            peer = _peer(address)
+            peer = peer_of(address)
         found = Connection(self, connection, peer)
         self._connections.add(found)
         self._selector.register(connection, _READ, lambda events: self._serve(found, events))
@@ -391,73 +390,3 @@ class Server(grpc.Server):
         self._let_spare_go()
         self._aside.shutdown(wait=False)
         self._stopped.set()
-
-
-def _listen(address: str) -> list[socket.socket]:
-    """Sockets for all that the address stands for, at one port."""
-    if address.startswith("unix:"):
-        path = address.removeprefix("unix:")
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            listening.bind(path)
-            listening.listen(_WAITING_CONNECTIONS)
-        except OSError:
-            listening.close()
-            raise
-        listening.setblocking(False)
-        return [listening]
-    host, _, port = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    tries = 1 if int(port) else _FREE_PORTS_TRIED
-    while True:
-        tries -= 1
-        try:
-            return _listen_at(host, int(port))
-        except OSError as error:
-            # A port that is free at one of the addresses may be taken at another.
-            if not tries or error.errno != errno.EADDRINUSE:
-                raise
-
-
-def _listen_at(host: str, at: int) -> list[socket.socket]:
-    found: list[socket.socket] = []
-    failure = None
-    for family, name in _names(host):
-        dual = family == socket.AF_INET6 and name == "::" and socket.has_dualstack_ipv6()
-        try:
-            listening = socket.create_server(
-                (name, at), family=family, backlog=_WAITING_CONNECTIONS, dualstack_ipv6=dual
-            )
-        except OSError as error:
-            failure = error
-            if error.errno == errno.EADDRINUSE and name != "::":
-                # Some callers of that name would get to whoever listens there.
-                for listening in found:
-                    listening.close()
-                raise
-            continue
-        listening.setblocking(False)
-        at = listening.getsockname()[1]
-        found.append(listening)
-        if dual:
-            break
-    if not found:
-        raise failure or OSError(f"{host!r} is no address")
-    return found
-
-
-def _names(host: str) -> Sequence[tuple[socket.AddressFamily, str]]:
-    if host in ("", "::", "0.0.0.0", "*"):
-        # Whatever address of this machine, of either kind, as gRPC has it.
-        return (socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")
-    known = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    return list(dict.fromkeys((family, str(address[0])) for family, _, _, _, address in known))
-
-
-def _peer(address: tuple[Any, ...]) -> str:
-    """As gRPC writes addresses."""
-    host, port = address[:2]
-    if host.startswith("::ffff:") and "." in host:
-        # By IPv4, at a socket that listens for both.
-        host = host.removeprefix("::ffff:")
-    return f"ipv6:%5B{host.replace('%', '%25')}%5D:{port}" if ":" in host else f"ipv4:{host}:{port}"

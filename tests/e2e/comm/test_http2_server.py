@@ -21,8 +21,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from splitlearn_comm.http2 import connection, frames
-from splitlearn_comm.http2 import server as server_module
+from splitlearn_comm.http2 import connection, frames, listening
 from splitlearn_comm.http2.messages import Assembly
 from splitlearn_comm.http2.outgoing import Outgoing
 from splitlearn_comm.http2.server import Server
@@ -1018,13 +1017,13 @@ class TestANameOfTwoAddresses:
     @pytest.fixture(autouse=True)
     def _two(self, monkeypatch: pytest.MonkeyPatch) -> None:
         two = [(socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2")]
-        monkeypatch.setattr(server_module, "_names", lambda host: two)
+        monkeypatch.setattr(listening, "_names", lambda host: two)
 
     @pytest.mark.parametrize("taken", ["127.0.0.1", "127.0.0.2"])
     def test_is_taken_if_one_of_them_is(self, taken: str) -> None:
         """The node listened at the other one, and some of its callers got to somebody else."""
         with socket.create_server((taken, 0)) as other, pytest.raises(OSError, match="in use"):
-            server_module._listen(f"localhost:{other.getsockname()[1]}")
+            listening.listen(f"localhost:{other.getsockname()[1]}")
 
     def test_gets_a_port_that_is_free_at_both(self, monkeypatch: pytest.MonkeyPatch) -> None:
         create, failed = socket.create_server, []
@@ -1036,10 +1035,10 @@ class TestANameOfTwoAddresses:
             return create(address, **options)
 
         monkeypatch.setattr(socket, "create_server", once)
-        listening = server_module._listen("localhost:0")
-        assert len({each.getsockname()[1] for each in listening}) == 1
-        assert len(listening) == 2
-        for each in listening:
+        sockets = listening.listen("localhost:0")
+        assert len({each.getsockname()[1] for each in sockets}) == 1
+        assert len(sockets) == 2
+        for each in sockets:
             each.close()
 
 
