@@ -46,7 +46,8 @@ Its model runs in the server's own process, which was the faster way here; Trito
 of its python backend. Clients run beside the servers on the same processors, in a closed loop, with
 requests that are encoded beforehand. Each server's answers were compared with the model's own first.
 Figures are medians, with the least and the most in parentheses; where a server could not be measured,
-its row says why, in its own words."""
+its row says why, in its own words. The machine is a virtual one, whose speed varies by up to a third from
+one round to the next: what is close to 1 below may be on the other side of it in another run."""
 _BOUND = """\
 What bounds ours: with one client the forward, and a request's way through Python with caches that the
 forward has emptied. With many, one thread reads, runs the batch and answers, because handing requests to
@@ -217,12 +218,17 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
+def _color(system: str) -> str:
+    return COLORS.get(system, "#777777")
+
+
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Bars for each model and number of clients, with the spread of the rounds."""
     import matplotlib as mpl
 
     mpl.use("svg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
 
     names = list(dict.fromkeys(row.model for row in rows))
     systems = sorted({row.system for row in rows}, key=_place)
@@ -252,8 +258,7 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                     middles,
                     width,
                     yerr=[below, above],
-                    color=COLORS.get(system, "#777777"),
-                    label=system,
+                    color=_color(system),
                     error_kw={"linewidth": 0.8, "capsize": 1.5},
                 )
             plot.set_xticks(range(len(loads)), [str(load) for load in loads])
@@ -264,8 +269,8 @@ def draw(path: Path, rows: Sequence[Row]) -> None:
                 plot.set_xlabel("clients")
             if column == 0:
                 plot.set_ylabel(label)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=len(systems), frameon=False)
+    shown = [Patch(color=_color(system), label=system) for system in systems]
+    figure.legend(handles=shown, loc="upper center", ncols=len(systems), frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path)
     plt.close(figure)
