@@ -148,6 +148,15 @@ def test_the_archive_is_read_by_the_same_rules_that_torch_uses(tmp_path: Path) -
         ModelLoader().load(model_config(path), "cpu")
 
 
+def test_a_class_that_goes_by_the_name_of_a_layer_is_not_taken_for_it() -> None:
+    """Torch makes such ones while it traces; no checkpoint with that layer was loaded afterwards."""
+    proxy = type("Linear", (nn.Linear,), {"_modules": property(lambda self: {})})
+    proxy.__module__, proxy.__qualname__ = nn.Linear.__module__, nn.Linear.__qualname__
+    found = module_classes()
+    assert nn.Linear in found
+    assert proxy not in found
+
+
 def test_the_table_of_names_holds_only_layers_activations_and_tensors() -> None:
     """Whatever torch adds to torch.nn later, nothing but this kind of thing may be named."""
     assert all(cls.__module__.startswith("torch.nn.modules.") for cls in module_classes())

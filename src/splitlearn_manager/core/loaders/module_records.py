@@ -15,6 +15,7 @@ What the records say is checked and made into modules by `module_builder`.
 from __future__ import annotations
 
 import pickletools
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -171,15 +172,26 @@ def known_globals() -> Mapping[str, object]:
 
 
 def module_classes() -> tuple[type[nn.Module], ...]:
-    """The layers that torch itself defines, without the lazy ones, whose class changes when they run."""
+    """The layers that torch itself defines, without the lazy ones, whose class changes when they run.
+
+    While torch traces a module it makes classes of its own that go by the names of its layers.
+    """
     found: dict[type[nn.Module], None] = {}
     pending: list[type[nn.Module]] = [nn.Module]
     while pending:
         cls = pending.pop()
-        if cls not in found and cls.__module__.startswith("torch.nn.modules."):
+        if (
+            cls not in found
+            and cls.__module__.startswith("torch.nn.modules.")
+            and _is_at_its_name(cls)
+        ):
             found[cls] = None
             pending.extend(cls.__subclasses__())
     return tuple(cls for cls in found if "Lazy" not in cls.__name__)
+
+
+def _is_at_its_name(cls: type) -> bool:
+    return getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
 
 
 def _ordered_dict() -> OrderedDict[object, object]:
