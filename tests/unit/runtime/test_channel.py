@@ -52,23 +52,6 @@ def test_descriptors_belong_to_their_messages(files: list[int], sent: list[list[
     theirs.close()
 
 
-def test_what_is_looked_for_is_left_to_be_received() -> None:
-    """Looking ends with the message, which may have been read already; without one it ends by itself."""
-    ours, other = pair()
-    theirs = Channel(other)
-    theirs.look_for_message(0.001)
-    for number in (1, 2):
-        ours.send({"number": number})
-    for number in (1, 2):
-        theirs.look_for_message(1e6)
-        assert theirs.receive(10) == ({"number": number}, [])
-    ours.close()
-    theirs.look_for_message(1e6)
-    with pytest.raises(Closed):
-        theirs.receive(10)
-    theirs.close()
-
-
 def test_what_has_been_read_is_known_though_no_selector_tells_of_it() -> None:
     ours, other = pair()
     theirs = Channel(other)
