@@ -18,7 +18,7 @@ from splitlearn_manager.runtime.process import ProcessRuntime
 from splitlearn_manager.runtime.thread import ThreadRuntime
 from support.node import Node
 
-ROUNDS = 5
+ROUNDS = 11
 STARTS = 15
 
 
@@ -68,8 +68,14 @@ def test_requests(tmp_path: Path) -> None:
                 for name, node in nodes.items():
                     rates[name].append(cost_ms(node.process.pid, node.address, clients)[1])
             thread, process = (statistics.median(rates[name]) for name in ("thread", "process"))
-            ratios = [p / t for p, t in zip(rates["process"], rates["thread"], strict=True)]
-            more = f", {1e6 * (1 / process - 1 / thread):+.0f} us a request" if clients == 1 else ""
+            pairs = list(zip(rates["process"], rates["thread"], strict=True))
+            ratios = [p / t for p, t in pairs]
+            more_us = [1e6 * (1 / p - 1 / t) for p, t in pairs]
+            more = (
+                f", {statistics.median(more_us):+.0f} us a request ({min(more_us):+.0f}..{max(more_us):+.0f})"
+                if clients == 1
+                else ""
+            )
             print(
                 f"\n{clients} clients: thread {thread:,.0f}/s, process {process:,.0f}/s{more}; "
                 f"process / thread {statistics.median(ratios):.2f} ({min(ratios):.2f}..{max(ratios):.2f})"

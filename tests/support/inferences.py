@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
-from splitlearn_comm.core import ComputeError, DeadlinePassed, ModelComputeFunction, TensorCodec
-from splitlearn_comm.core.packed import Packed, Rows
+from splitlearn_comm.core import (
+    ComputeError,
+    ComputeFunction,
+    DeadlinePassed,
+    ModelComputeFunction,
+    TensorCodec,
+)
+from splitlearn_comm.core.packed import Output, Packed, Rows, joined
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.lifecycle import ModelSpec, Owner
 from splitlearn_manager.core.managed_model import ManagedModel
-from splitlearn_manager.runtime.base import TakesSequences
+from splitlearn_manager.runtime.base import BeginsForwards, Begun, TakesSequences
 from splitlearn_manager.runtime.sequences import SequenceFunction
 from splitlearn_manager.server.batching import Batcher
 from support.fakes import FakeRunning, model
@@ -63,17 +70,64 @@ class Asked:
 
 
 class OfModule(FakeRunning):
-    """A running model that is a real module."""
+    """A running model that is a real module; `apart`: which runs elsewhere, as in a worker."""
 
-    def __init__(self, module: nn.Module, *, joins: bool, **keys: object) -> None:
+    def __init__(
+        self, module: nn.Module, *, joins: bool, apart: bool = False, **keys: object
+    ) -> None:
         super().__init__(model("m", **keys), 1.0)
         takes_sequences = isinstance(module, TakesSequences)
-        self.function = (SequenceFunction if takes_sequences else ModelComputeFunction)(module)
+        in_place = SequenceFunction if takes_sequences else ModelComputeFunction
+        self.function = Apart(module) if apart else in_place(module)
         self.joins, self.joins_lengths = joins, joins and takes_sequences
+        self.overlaps = apart
 
     @property
-    def compute_function(self) -> ModelComputeFunction:
+    def compute_function(self) -> object:
         return self.function
+
+
+class Apart(BeginsForwards):
+    """Runs a module's forwards on threads of their own, one at a time."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.turn = threading.Lock()
+
+    def begin(self, parts: Sequence[Packed]) -> Begun:
+        return _ApartForward(self, joined(parts))
+
+
+class _ApartForward(Begun):
+    def __init__(self, function: Apart, tensor: torch.Tensor) -> None:
+        self._ours, theirs = socket.socketpair()
+        self._output: Output | None = None
+        self._error: BaseException | None = None
+        self._done = threading.Event()
+        threading.Thread(target=self._run, args=(function, tensor, theirs), daemon=True).start()
+
+    def _run(self, function: Apart, tensor: torch.Tensor, theirs: socket.socket) -> None:
+        try:
+            with function.turn, torch.inference_mode():
+                self._output = Output(function.module(tensor))
+        except BaseException as error:
+            self._error = error
+        self._done.set()
+        theirs.close()
+
+    def fileno(self) -> int:
+        return self._ours.fileno()
+
+    def take(self) -> Output | None:
+        return self.finish() if self._done.is_set() and self._error is None else None
+
+    def finish(self) -> Output:
+        assert self._done.wait(PATIENCE_S), "it never ends"
+        self._ours.close()
+        if self._error is not None:
+            raise self._error
+        assert self._output is not None
+        return self._output
 
 
 def instance_of(
@@ -82,6 +136,7 @@ def instance_of(
     *,
     joins: bool = True,
     device: str = "cpu",
+    apart: bool = False,
     **keys: object,
 ) -> ManagedModel:
     """A READY instance, which says that it is on `device`; the module itself is on the processor."""
@@ -89,7 +144,7 @@ def instance_of(
     instance = ManagedModel(
         f"{model_id}#1", spec, owner=Owner.API, device=device, loading_since_s=0
     )
-    instance.running = OfModule(module, joins=joins, **keys)
+    instance.running = OfModule(module, joins=joins, apart=apart, **keys)
     instance.open_for_leases()
     return instance
 
@@ -130,3 +185,16 @@ class Gate(nn.Module):
 
     def wait_entered(self) -> None:
         assert self.entered.acquire(timeout=PATIENCE_S), "no forward began"
+
+
+def begun(function: ComputeFunction, parts: Sequence[Packed]) -> Begun:
+    """A forward that a worker runs."""
+    assert isinstance(function, BeginsForwards)
+    return function.begin(parts)
+
+
+def whole(begun: Begun) -> torch.Tensor:
+    """Its answer to all rows."""
+    output = begun.finish()
+    assert isinstance(output, Output)
+    return output.tensor()

@@ -31,6 +31,14 @@ class Work(Protocol):
         """The thread that calls this begins the calls from now on; the one before it does no more."""
         ...
 
+    def fileno(self) -> int | None:
+        """A file that is readable when `arrived` is to be called; None if there is nothing of the kind."""
+        ...
+
+    def arrived(self) -> None:
+        """Take what was begun here and has been run elsewhere; called by the thread that polls."""
+        ...
+
     def has_work(self) -> bool:
         """Whether anything waits or runs, wherever it should; asked before each look, so it must be cheap."""
         ...
@@ -48,6 +56,12 @@ class NoWork:
     """Nothing: all that calls ask for is done by others."""
 
     def polled_here(self) -> None:
+        pass
+
+    def fileno(self) -> int | None:
+        return None
+
+    def arrived(self) -> None:
         pass
 
     def has_work(self) -> bool:

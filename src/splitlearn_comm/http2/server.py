@@ -71,8 +71,11 @@ class Server(grpc.Server):
         self._pool = pool
         self._max_calls = max_calls
         self._handlers: list[grpc.GenericRpcHandler[Any, Any]] = []
-        self._polling = Polling(self._look, work or NoWork())
+        work = work or NoWork()
+        self._polling = Polling(self._look, work)
         self._selector = selectors.DefaultSelector()
+        if (descriptor := work.fileno()) is not None:
+            self._selector.register(descriptor, _READ, lambda events: work.arrived())
         self._listening: list[socket.socket] = []
         self._connections: set[Connection] = set()
         self._behind: set[Connection] = set()

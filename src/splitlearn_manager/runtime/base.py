@@ -104,18 +104,40 @@ class Loader(Protocol):
         ...
 
 
-class ComputesRows(ABC):
-    """A compute function that takes the rows of several requests as they came."""
+class Begun(ABC):
+    """A forward that runs elsewhere. Its answer is taken, or `finish` called, once, by any thread."""
 
     @abstractmethod
-    def compute_rows(self, parts: Sequence[Packed]) -> Output:
-        """Run the model on all rows of `parts`, in order.
+    def fileno(self) -> int | None:
+        """Readable when there may be an answer; None if only `finish` can say what became of it."""
 
-        Args:
-            parts: at least one, of one dtype, and of the same sizes but for dimension 0.
+    @abstractmethod
+    def take(self) -> Output | Sequence[Rows] | None:
+        """The answer, if it is there and nothing has to be waited for; else `finish` says what became of it.
+
+        Raises:
+            ComputeError: as `ComputeFunction.compute` does; then it is finished.
+        """
+
+    @abstractmethod
+    def finish(self) -> Output | Sequence[Rows]:
+        """Wait for the answer: one to all rows, or to each part where their shapes differ.
 
         Raises:
             ComputeError: as `ComputeFunction.compute` does.
+        """
+
+
+class BeginsForwards(ABC):
+    """A compute function whose forwards run elsewhere: whoever begins one can do other things meanwhile."""
+
+    @abstractmethod
+    def begin(self, parts: Sequence[Packed]) -> Begun:
+        """Begin a forward of the rows of several requests as they came, in order. Raises nothing.
+
+        Args:
+            parts: at least one, of one dtype, and of the same sizes but for dimension 0; or sequences, as
+                `ComputesSequences` has them.
         """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ from splitlearn_manager.runtime.channel import Channel, Message
 from splitlearn_manager.runtime.forward_message import read, written
 from splitlearn_manager.runtime.shared_area import Area, bytes_for, can_shrink
 
+_LARGE = 8 * 2**20
+
 
 class Connection:
     """A way to one thread of a worker, for one call at a time."""
@@ -19,6 +22,7 @@ class Connection:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._area: Area | None = None
+        self._come: tuple[Message | bytes, list[int]] | None = None
 
     def call(
         self,
@@ -49,29 +53,53 @@ class Connection:
         shape: tuple[int, ...],
         *,
         turn: bool,
-        timeout_s: float | None,
-    ) -> tuple[Message, Sequence[torch.Tensor | Packed]]:
-        """Call a forward of one tensor, given as bytes, and wait for its answer.
-
-        That is one tensor's bytes, or as `answer` gives it.
+    ) -> None:
+        """Send a forward of one tensor, given as bytes; `forward_answer` gives what comes of it.
 
         Args:
             pieces: the tensor's bytes, at least one; `can_be_told` has said yes to its dtype and shape.
             turn: one such forward at a time.
 
         Raises:
-            Closed: or TimeoutError.
-            ValueError: it is no answer.
+            Closed
         """
         area, brought = self._area_for(sum(len(piece) for piece in pieces))
         area.fill(pieces)
         self._send(written(dtype, shape, brings_area=bool(brought), turn=turn), brought)
-        message, descriptors = self._channel.receive_any(timeout_s)
+
+    def forward_answer(
+        self, timeout_s: float | None = None
+    ) -> tuple[Message, Sequence[torch.Tensor | Packed]]:
+        """The answer to a forward: one tensor's bytes, or what `answer` gives. Raises as that does."""
+        come, self._come = self._come, None
+        message, descriptors = come or self._channel.receive_any(timeout_s)
         if not isinstance(message, bytes):
             return self._read(message, descriptors)[:2]
         told = read(message)
-        area = self._take_over(descriptors) if told.brings_area else area
+        area = self._take_over(descriptors) if told.brings_area else self._area
+        if area is None:
+            raise ValueError("a message without the area that it speaks of")
         return {}, [Packed(area.read(told.dtype, told.shape), told.shape, told.dtype)]
+
+    def has_plain_answer(self) -> bool:
+        """Whether a forward's answer has come that is no error, nor so large that it takes long to copy.
+
+        Waits for nothing. Raises as `forward_answer`.
+        """
+        if self._come is None:
+            try:
+                self._come = self._channel.receive_any(0)
+            except TimeoutError:
+                return False
+        message, _ = self._come
+        if isinstance(message, bytes):
+            told = read(message)
+            return math.prod(told.shape) * told.dtype.itemsize <= _LARGE
+        return "error" not in message
+
+    def fileno(self) -> int:
+        """Readable when something has come of the last call."""
+        return self._channel.fileno()
 
     def _area_for(self, size: int) -> tuple[Area, tuple[int, ...]]:
         """One that holds so many bytes, and its descriptor if it is a new one."""

@@ -15,9 +15,10 @@ for `LENDS_S` lends its place, so that no slow or hanging model holds up another
 least time, by the weight of its priority (`splitlearn_manager.server.fairness`).
 
 A batch that is expected to be short runs on the thread that polls for calls, if there is one (`polled_here`):
-waking another one would cost more. All others run on threads of the batcher's own. Whoever will not look for
-the next batch by itself sees to it that somebody does: the thread that polls before it waits for calls, and
-one that has lost the polling as its batch ends.
+waking another one would cost more. One that a worker process runs is sent there by that thread, and answered
+by it (`splitlearn_manager.server.elsewhere`). All others run on threads of the batcher's own. Whoever will not
+look for the next batch by itself sees to it that somebody does: the thread that polls before it waits for
+calls, and one that has lost the polling as its batch ends.
 
 A queue is bounded by `max_queue`; what is more is refused at once. A request whose deadline has passed, or
 whose caller is gone, is dropped before its forward. The lock is held for microseconds, never in a forward.
@@ -36,7 +37,16 @@ from splitlearn_comm.core.packed import Packed
 from splitlearn_comm.server.backend import Inference
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
-from splitlearn_manager.server.batches import BatchRunner, answer, end, refusal_of, refuse
+from splitlearn_manager.server.batches import (
+    Answered,
+    BatchRunner,
+    Sent,
+    answer,
+    end,
+    refusal_of,
+    refuse,
+)
+from splitlearn_manager.server.elsewhere import Elsewhere
 from splitlearn_manager.server.fairness import weight_of
 from splitlearn_manager.server.queues import CPU, Queue, Waiting, queue_of
 from splitlearn_manager.server.threads import ThreadPlan
@@ -105,7 +115,8 @@ class Batcher:
         self._active: dict[str, Queue] = {}
         self._idle: list[_Thread] = []
         self._threads = 0
-        self._began: dict[_Thread, tuple[float, str]] = {}
+        self._began: dict[_Thread | Sent, tuple[float, str]] = {}
+        self._elsewhere = Elsewhere()
         self._poller: _Thread | None = None
         self._poller_id = 0
         self._polled_s = _LONG_AGO_S
@@ -147,7 +158,7 @@ class Batcher:
                 self._polled_s = now
             if here and queue.is_short(self._short_s(now)):
                 self._left_here = True
-            elif self._wants(queue):
+            elif queue.wants(self._apart):
                 if queue.ripe_s() <= now and self._has_place(queue, self._taken(now)):
                     self._wake_one()
                 else:
@@ -179,20 +190,75 @@ class Batcher:
             return self._found is not None
 
     def run_here(self) -> None:
-        """Run a short batch, if there is one."""
+        """Run a short batch, or send it where it is run, if there is one."""
         with self._lock:
             now = self._polled_s = self._clock()
             (queue, self._found), me = (self._found, None), self._poller
             if queue is None or not (
-                self._wants(queue) and self._has_place(queue, self._taken(now))
+                queue.wants(self._apart) and self._has_place(queue, self._taken(now))
             ):
                 queue = self._next(now, here=True)
             if queue is None or me is None:
                 return
-            batch = self._take(queue, me, now)
             # While it runs, what waits behind it is for this thread to come back to.
             self._left_here = True
-        self._run(queue, batch, me)
+            sent = self._take_to_send(queue, now) if queue.begins else None
+            batch = [] if sent is not None else self._take(queue, me, now)
+        if sent is not None:
+            self._send(sent)
+        else:
+            self._run(queue, batch, me)
+
+    def fileno(self) -> int | None:
+        """Readable when there is something to take that was run elsewhere."""
+        return self._elsewhere.fileno()
+
+    def arrived(self) -> None:
+        """Answer what was run elsewhere; before that, what waits behind it is sent there."""
+        for sent in self._elsewhere.come():
+            answered = self._batches.taken(sent)
+            if answered is None:
+                self._set_aside(sent)
+                continue
+            with self._lock:
+                now = self._polled_s = self._clock()
+                self._settle(sent.queue, sent, len(sent.batch), sent.taken_s)
+                found, following = self._next(now, here=True), None
+                if found is not None and found.begins:
+                    following = self._take_to_send(found, now)
+                self._left_here = True
+            if following is not None:
+                self._send(following)
+            for waiting, output, computed_ms in answered:
+                end(answer, waiting, output, computed_ms)
+
+    def _take_to_send(self, queue: Queue, now: float) -> Sent:
+        sent = Sent(queue, taken_s=now)
+        sent.batch = self._take(queue, sent, now)
+        return sent
+
+    def _send(self, sent: Sent) -> None:
+        """Begin a batch that is run elsewhere."""
+        try:
+            begun = self._batches.begin(sent)
+        except BaseException as error:
+            begun = False
+            self._give_up(sent.queue, sent.batch, error)
+        if begun and not self._elsewhere.watch(sent):
+            self._set_aside(sent)
+            return
+        with self._lock:
+            if begun:
+                # Somebody looks at it if it is not answered soon.
+                self._see_to_time(self._clock())
+                return
+            self._settle(sent.queue, sent, len(sent.batch), sent.taken_s)
+
+    def _set_aside(self, sent: Sent) -> None:
+        """Have a thread see to it that may wait."""
+        self._elsewhere.set_aside(sent)
+        with self._lock:
+            self._wake_one()
 
     def cut(self, key: str, why: ComputeError) -> int:
         """Refuse all requests that wait for the instance of that key; how many they were."""
@@ -220,10 +286,6 @@ class Batcher:
 
     # Whose turn it is. The lock is held.
 
-    def _wants(self, queue: Queue) -> bool:
-        """Whether it would run another batch, were it its turn."""
-        return bool(queue.waiting) and queue.running < (queue.most or self._apart)
-
     def _taken(self, now: float) -> list[str]:
         """The devices of the forwards under way that have not lent their places."""
         if not self._began:
@@ -245,7 +307,7 @@ class Batcher:
         for queue in self._active.values():
             if (
                 (found is None or queue.had_s < found.had_s)
-                and self._wants(queue)
+                and queue.wants(self._apart)
                 and self._has_place(queue, taken)
                 and queue.ripe_s() <= now
                 and (queue.is_short(short_s) if here else not self._is_for_poller(queue, now))
@@ -266,14 +328,15 @@ class Batcher:
 
     def _due_s(self, now: float) -> float:
         """When it may be somebody's turn though nothing happens meanwhile."""
-        wanting = [q for q in self._active.values() if self._wants(q)]
+        late_s = self._elsewhere.due_s()
+        wanting = [q for q in self._active.values() if q.wants(self._apart)]
         if not wanting:
-            return _NEVER_S
+            return late_s
         lends = (at + LENDS_S for at, _ in self._began.values() if at + LENDS_S > now)
         ripens = (at for q in wanting if (at := q.ripe_s()) > now)
         for_poller = any(self._is_for_poller(q, now) for q in wanting)
         left = (self._polled_s + POLLER_BACK_S,) if for_poller else ()
-        return min((*lends, *ripens, *left), default=_NEVER_S)
+        return min(*lends, *ripens, *left, late_s, _NEVER_S)
 
     def _see_to_the_rest(self, now: float) -> None:
         """Have a thread begin what may be begun now, or look again when that may be so."""
@@ -290,7 +353,7 @@ class Batcher:
     def _wake_one(self) -> None:
         if self._idle:
             self._idle.pop().wake.release()
-        elif self._threads <= sum(not thread.polls for thread in self._began):
+        elif self._threads <= sum(isinstance(t, _Thread) and not t.polls for t in self._began):
             # All there are compute.
             try:
                 threading.Thread(target=self._work, name="compute", daemon=True).start()
@@ -308,27 +371,34 @@ class Batcher:
         while True:
             with self._lock:
                 now = self._clock()
-                queue = self._next(now)
-                if queue is None:
-                    if self._stopped or len(self._idle) > self._plan.forwards + _SPARE_THREADS:
-                        self._threads -= 1
-                        return
+                late = self._elsewhere.late(_NEVER_S if self._stopped else now)
+                queue = self._next(now) if late is None else None
+                if late is not None:
+                    self._began[me] = self._began.pop(late)
+                    self._see_to_the_rest(now)
+                elif queue is not None:
+                    batch = self._take(queue, me, now)
+                elif self._stopped or len(self._idle) > self._plan.forwards + _SPARE_THREADS:
+                    self._threads -= 1
+                    return
+                else:
                     me.until_s = self._due_s(now)
                     self._idle.append(me)
-                else:
-                    batch = self._take(queue, me, now)
-            if queue is None:
-                if not me.wake.acquire(timeout=_patience_s(me.until_s, now)):
-                    self._woken_by_time(me)
-                continue
-            self._run(queue, batch, me)
-            # Nothing of the requests may outlive them here.
-            del queue, batch
+            if late is not None:
+                self._run_late(late, me)
+            elif queue is not None:
+                self._run(queue, batch, me)
+                # Nothing of the requests may outlive them here.
+                del batch
+            elif not me.wake.acquire(timeout=_patience_s(me.until_s, now)):
+                self._woken_by_time(me)
+            del late, queue
 
-    def _take(self, queue: Queue, me: _Thread, now: float) -> list[Waiting]:
+    def _take(self, queue: Queue, who: _Thread | Sent, now: float) -> list[Waiting]:
         batch = queue.take()
         queue.running += 1
-        self._began[me] = now, queue.where
+        queue.in_forwards += len(batch)
+        self._began[who] = now, queue.where
         self._least_s[queue.where] = max(self._least_s.get(queue.where, 0.0), queue.had_s)
         if queue.waiting or len(self._active) > 1:
             self._see_to_the_rest(now)
@@ -343,30 +413,55 @@ class Batcher:
         me.wake.acquire()
 
     def _run(self, queue: Queue, batch: list[Waiting], me: _Thread) -> None:
-        began_s = self._clock()
+        self._work_off(queue, batch, me, self._clock(), lambda: self._batches.run(queue, batch))
+
+    def _run_late(self, late: Sent, me: _Thread) -> None:
+        queue, finish = late.queue, self._batches.finished
+        self._work_off(queue, late.batch, me, late.taken_s, lambda: finish(late))
+
+    def _work_off(
+        self,
+        queue: Queue,
+        batch: list[Waiting],
+        me: _Thread,
+        began_s: float,
+        run: Callable[[], list[Answered]],
+    ) -> None:
         try:
             self._plan.prepare()
-            answered = self._batches.run(queue, batch)
+            answered = run()
         except BaseException as error:
-            # Not the model's: that has been told. Nobody may be left waiting, nor the thread be lost.
             answered = []
-            for waiting in batch:
-                if not waiting.lease.released:
-                    end(refuse, waiting, refusal_of(queue.instance.model_id, error))
+            self._give_up(queue, batch, error)
         finally:
             with self._lock:
+                self._settle(queue, me, len(batch), began_s)
                 now = self._clock()
-                queue.running -= 1
-                del self._began[me]
-                queue.took(len(batch), now - began_s)
-                queue.had_s += (now - began_s) / weight_of(queue.instance.config.priority)
-                if not queue.waiting and not queue.running:
-                    del self._active[queue.instance.key]
-                if me.polls and me is not self._poller and self._active:
+                if queue.begins and queue.wants(self._apart):
+                    # A process that has nothing to do is not left so while this thread answers.
+                    self._see_to_the_rest(now)
+                elif me.polls and me is not self._poller and self._active:
                     # Another thread polls by now; this one ends.
                     self._see_to_the_rest(now)
         for waiting, output, computed_ms in answered:
             end(answer, waiting, output, computed_ms)
+
+    def _settle(self, queue: Queue, who: _Thread | Sent, requests: int, began_s: float) -> None:
+        """A batch has been run. The lock is held."""
+        took_s = self._clock() - began_s
+        queue.running -= 1
+        queue.in_forwards -= requests
+        del self._began[who]
+        queue.took(requests, took_s)
+        queue.had_s += took_s / weight_of(queue.instance.config.priority)
+        if not queue.waiting and not queue.running:
+            del self._active[queue.instance.key]
+
+    def _give_up(self, queue: Queue, batch: list[Waiting], error: BaseException) -> None:
+        """Not the model's error: that has been told. Nobody may be left waiting, nor the thread be lost."""
+        for waiting in batch:
+            if not waiting.lease.released:
+                end(refuse, waiting, refusal_of(queue.instance.model_id, error))
 
 
 def _patience_s(until_s: float, now: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections import deque
 from dataclasses import dataclass, field
 from math import prod
@@ -12,10 +13,16 @@ from splitlearn_comm.core.packed import Packed
 from splitlearn_comm.server.backend import Inference
 from splitlearn_manager.core.lease import Lease
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.runtime.base import BeginsForwards
 from splitlearn_manager.runtime.sequences import LONGEST, MOST_TOGETHER
 
 _WEIGHT_OF_LAST = 0.2
 CPU = "cpu"
+_SENT_S = 0.04
+_SENT_BYTES = 4 * 2**20
+"""What another process runs is begun by the thread that polls if it is expected to take no longer, and has
+no more bytes to be copied."""
+_FORGETS = 0.98
 ENOUGH_TOKENS = 128
 """Sequences of one length with so many tokens are a batch by themselves: to add others would gain less than
 it costs to keep them apart."""
@@ -65,16 +72,22 @@ class Queue:
         joins_lengths: whether short sequences may be, whatever their lengths.
         request_s: what a request takes of a forward, in seconds, of late; None before the first.
         had_s: the time that it has had, by its weight; see `splitlearn_manager.server.fairness`.
+        begins: whether its forwards run elsewhere, so that a thread that begins one need not wait for it.
+        at_once: requests that were here at a time, waiting or in a forward: the most of late.
+        in_forwards: requests in forwards under way.
         where: the device whose forwards its own count among; what is not on a GPU takes the processor.
     """
 
     instance: ManagedModel
     joins: bool
     joins_lengths: bool = False
+    begins: bool = False
     waiting: deque[Waiting] = field(default_factory=deque)
     running: int = 0
     request_s: float | None = None
     had_s: float = 0.0
+    at_once: float = 0.0
+    in_forwards: int = 0
     where: str = field(init=False)
 
     def __post_init__(self) -> None:
@@ -99,16 +112,30 @@ class Queue:
         running = self.instance.running
         return 2 if running is not None and running.overlaps else 1
 
+    def wants(self, apart: int) -> bool:
+        """Whether it would run another batch, were it its turn.
+
+        Args:
+            apart: most forwards at a time where requests are not joined.
+        """
+        if not self.waiting or self.running >= (self.most or apart):
+            return False
+        if not (self.begins and self.joins and self.running):
+            return True
+        # Two batches of half the callers each: a process computes one while the other's are answered and ask
+        # again. What came first alone would be a small one, for as long as the other takes.
+        return len(self.waiting) >= min(self.at_once / 2, self.largest)
+
     def is_short(self, limit_s: float) -> bool:
-        """Whether the next batch is one for the thread that polls: expected to take no longer than that, and
-        not to leave it waiting while another processor computes."""
+        """Whether the next batch is one for the thread that polls: expected to take no longer than that, or
+        to be computed elsewhere while that thread does other things."""
         config = self.instance.config
         if self.request_s is None or config.max_queue_delay_ms:
             return False
         requests = min(len(self.waiting), self.largest) if self.joins else 1
-        if config.runtime == "process" and requests > 1:
-            # While its worker computes, this thread could begin the next requests.
-            return False
+        if self.begins:
+            size = len(self.waiting[0].packed.data) * requests
+            return self.request_s * requests <= _SENT_S and size <= _SENT_BYTES
         return self.instance.device == "cpu" and self.request_s * requests <= limit_s
 
     def took(self, requests: int, seconds: float) -> None:
@@ -129,6 +156,7 @@ class Queue:
 
         Where those are few, short sequences of other lengths fill it.
         """
+        self.at_once = max(self.at_once * _FORGETS, len(self.waiting) + self.in_forwards)
         first = self.waiting.popleft()
         batch, rows = [first], first.rows
         if not self.joins or not rows or not self.waiting:
@@ -184,4 +212,10 @@ def queue_of(instance: ManagedModel) -> Queue:
         joins = running is not None and running.joins
         joins_lengths = running is not None and running.joins_lengths
         queue = instance.queue = Queue(instance, joins, joins_lengths)
+        queue.begins = (
+            running is not None
+            and queue.where == CPU
+            and hasattr(select, "epoll")
+            and isinstance(running.compute_function, BeginsForwards)
+        )
     return queue

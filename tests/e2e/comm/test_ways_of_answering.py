@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -28,19 +29,19 @@ class Later:
 
     def __init__(self) -> None:
         self.taken: list[Inference] = []
-        self.arrived = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
         self.takes = True
 
     def enter(self, model_id: str, inference: Inference) -> bool:
         if not self.takes:
             return False
         self.taken.append(inference)
-        self.arrived.release()
+        self.entered.release()
         return True
 
     def wait_for(self, count: int) -> None:
         for _ in range(count):
-            assert self.arrived.acquire(timeout=PATIENCE_S)
+            assert self.entered.acquire(timeout=PATIENCE_S)
 
     def answer(self, number: int) -> None:
         inference = self.taken[number]
@@ -67,6 +68,12 @@ class AsItComes(Later):
         self.begun_by.append(threading.get_ident())
         return super().enter(model_id, inference)
 
+    def fileno(self) -> int | None:
+        return None
+
+    def arrived(self) -> None:
+        raise AssertionError("nothing is run elsewhere")
+
     def polled_here(self) -> None:
         self.polls_now = threading.get_ident()
 
@@ -84,6 +91,32 @@ class AsItComes(Later):
             self.held.set()
             assert self.go_on.wait(PATIENCE_S), "nobody let it go on"
         self.answer(number)
+
+
+class Elsewhere(AsItComes):
+    """Has others run what it has taken, and answers it on the thread that polls when it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told, self.tell = socket.socketpair()
+        self.answered_by: list[int] = []
+
+    def close(self) -> None:
+        self.told.close()
+        self.tell.close()
+
+    def fileno(self) -> int:
+        return self.told.fileno()
+
+    def run_here(self) -> None:
+        number = len(self.run_by)
+        self.run_by.append(threading.get_ident())
+        threading.Thread(target=lambda: self.tell.send(bytes([number]))).start()
+
+    def arrived(self) -> None:
+        for number in self.told.recv(64):
+            self.answered_by.append(threading.get_ident())
+            self.answer(number)
 
 
 class Lab:
@@ -244,6 +277,16 @@ def test_what_waits_runs_on_the_thread_that_its_request_came_by() -> None:
             assert value_of(lab.stub.Compute(asking(value), timeout=PATIENCE_S)) == 2 * value
         assert work.run_by == work.begun_by
         assert set(work.run_by) == {work.polls_now}
+
+
+def test_what_ran_elsewhere_is_answered_by_the_thread_that_polls() -> None:
+    """Fails if nobody looks at what tells of it: the callers wait for ever."""
+    work = Elsewhere()
+    with Lab(work) as lab:
+        asked = [lab.stub.Compute.future(asking(v), timeout=PATIENCE_S) for v in range(5)]
+        assert [value_of(each.result()) for each in asked] == [2 * v for v in range(5)]
+        assert set(work.answered_by) == {work.polls_now}
+    work.close()
 
 
 def test_work_that_takes_long_holds_up_nobody_else() -> None:

@@ -15,9 +15,10 @@ from splitlearn_comm.core.errors import ComputeFailed
 from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.runtime.channel import Channel, pair
 from splitlearn_manager.runtime.forward_message import DTYPES, can_be_told, read, written
-from splitlearn_manager.runtime.process import InWorker
+from splitlearn_manager.runtime.in_worker import InWorker
 from splitlearn_manager.runtime.shared_area import Area
 from splitlearn_manager.runtime.worker_connection import Connection
+from support.inferences import begun
 
 
 @given(
@@ -100,7 +101,7 @@ def test_an_answer_that_is_none_ends_the_worker(answer: bytes) -> None:
     with pytest.raises(
         ComputeFailed, match="'m': its worker process has sent what is no answer"
     ) as told:
-        function.compute_rows([Packed(bytes(16), (4,), torch.float32)])
+        begun(function, [Packed(bytes(16), (4,), torch.float32)]).finish()
     assert told.value.reason == "WorkerDied"
     assert killed
     liar.join()

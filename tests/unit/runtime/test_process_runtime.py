@@ -31,10 +31,11 @@ from splitlearn_manager.errors import (
     WeightsNotFound,
     WorkerDied,
 )
-from splitlearn_manager.runtime.base import ComputesRows, Joining
+from splitlearn_manager.runtime.base import Joining
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.thread import ThreadRuntime
 from splitlearn_manager.runtime.workers import WorkerStarter
+from support.inferences import begun, whole
 from support.models import model_config, save_mlp, tiny_bert, tiny_gpt2
 from support.waiting import eventually
 
@@ -179,26 +180,23 @@ def test_rows_of_several_requests_are_computed_as_one_tensor(
         for t in tensors
     ]
     function = echo.compute_function
-    assert isinstance(function, ComputesRows)
-    whole = torch.cat(tensors)
-    answer, expected = function.compute_rows(parts).tensor(), function.compute(whole)
+    rows = torch.cat(tensors)
+    answer, expected = whole(begun(function, parts)), function.compute(rows)
     assert isinstance(expected, torch.Tensor)
     assert answer.dtype is expected.dtype
     assert torch.equal(answer, expected)
-    assert torch.equal(answer.to(dtype), torch.cat([whole, whole]))
+    assert torch.equal(answer.to(dtype), torch.cat([rows, rows]))
 
 
 def test_a_scalar_and_bytes_that_are_no_bools(echo: RunningInProcess, code: Path) -> None:
     function = echo.compute_function
-    assert isinstance(function, ComputesRows)
     raw = Packed(bytes([0, 1, 2, 255]), (4,), torch.bool)
-    assert function.compute_rows([raw]).tensor().tolist() == [False, True, True, True] * 2
+    assert whole(begun(function, [raw])).tolist() == [False, True, True, True] * 2
     torch.save(nn.Identity(), code / "i.pt")
     running = RUNTIME.start(model_config("i.pt").with_base_dir(code), "cpu")
     same = running.compute_function
-    assert isinstance(same, ComputesRows)
     scalar = Packed(torch.tensor(2.5).numpy().tobytes(), (), torch.float32)
-    assert torch.equal(same.compute_rows([scalar]).tensor(), torch.tensor(2.5))
+    assert torch.equal(whole(begun(same, [scalar])), torch.tensor(2.5))
     running.close()
 
 

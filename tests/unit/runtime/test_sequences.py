@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitlearn_comm.core import InvalidRequest, TensorCodec
-from splitlearn_comm.core.packed import Packed
+from splitlearn_comm.core.packed import Output, Packed
 from splitlearn_manager.core.loaders.text_adapter import token_mask
 from splitlearn_manager.core.model_loader import ModelLoader
 from splitlearn_manager.runtime.base import ComputesSequences, Joining, RunningModel
 from splitlearn_manager.runtime.process import ProcessRuntime
 from splitlearn_manager.runtime.sequences import LONGEST, MOST_TOGETHER
 from splitlearn_manager.runtime.thread import RunningInThreads, ThreadRuntime
+from support.inferences import begun
 from support.models import (
     model_config,
     save_mlp,
@@ -56,8 +57,13 @@ def packed(tensors: Sequence[torch.Tensor]) -> list[Packed]:
 
 def in_one_row(running: RunningModel, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     function = running.compute_function
-    assert isinstance(function, ComputesSequences)
-    return [rows.tensor() for rows in function.compute_sequences(packed(tensors))]
+    parts = packed(tensors)
+    if isinstance(function, ComputesSequences):
+        return [rows.tensor() for rows in function.compute_sequences(parts)]
+    output = begun(function, parts).finish()
+    if isinstance(output, Output):  # all have one length
+        return list(output.tensor().split([part.rows for part in parts]))
+    return [rows.tensor() for rows in output]
 
 
 def alone(running: RunningModel, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -21,13 +21,14 @@ from splitlearn_manager.core.lifecycle import ModelSpec
 from splitlearn_manager.core.model_reader import ModelReader
 from splitlearn_manager.errors import LoadError, LoadTimeout, WorkerDied
 from splitlearn_manager.runtime import workers
-from splitlearn_manager.runtime.base import ComputesRows, Joining
+from splitlearn_manager.runtime.base import Joining
 from splitlearn_manager.runtime.channel import Channel, Closed, pair
 from splitlearn_manager.runtime.process import ProcessRuntime, RunningInProcess
 from splitlearn_manager.runtime.shared_area import Area
 from splitlearn_manager.runtime.worker_connection import Connection
 from splitlearn_manager.runtime.workers import Worker, WorkerStarter
 from support.fakes import FakeFiles
+from support.inferences import begun, whole
 from support.models import model_config
 from support.waiting import eventually
 
@@ -159,13 +160,12 @@ def test_what_a_model_keeps_of_its_inputs_stays_as_it_was(
     with pytest.raises(ComputeFailed, match="nothing came before"):
         running.compute_function.compute(torch.full((1, 2), 1.0))
     function = running.compute_function
-    assert isinstance(function, ComputesRows)
     for number in (2.0, 3.0):
         answer = function.compute(torch.full((1, 2), number))
         assert torch.equal(answer, torch.full((1, 2), number - 1))  # type: ignore[arg-type]
     for number in (4.0, 5.0):
         row = Packed(torch.full((1, 2), number).numpy().tobytes(), (1, 2), torch.float32)
-        assert torch.equal(function.compute_rows([row]).tensor(), torch.full((1, 2), number - 1))
+        assert torch.equal(whole(begun(function, [row])), torch.full((1, 2), number - 1))
 
 
 def in_the_background(

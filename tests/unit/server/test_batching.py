@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import select
 import threading
 from collections.abc import Sequence
 
@@ -10,10 +11,18 @@ import pytest
 import torch
 from torch import nn
 
-from splitlearn_comm.core import ComputeFailed, NotReady, OutOfMemory, Overloaded, TensorCodec
+from splitlearn_comm.core import (
+    ComputeFailed,
+    DeadlinePassed,
+    NotReady,
+    OutOfMemory,
+    Overloaded,
+    TensorCodec,
+)
 from splitlearn_manager.core.managed_model import ManagedModel
 from splitlearn_manager.server import batching
 from splitlearn_manager.server.batching import Batcher
+from splitlearn_manager.server.elsewhere import LATE_S
 from splitlearn_manager.server.queues import queue_of
 from splitlearn_manager.server.threads import ThreadPlan
 from support.inferences import PATIENCE_S, Asked, Gate, OfModule, ask, instance_of, leased
@@ -535,3 +544,123 @@ def test_a_batch_behind_one_that_took_long_is_run_by_others() -> None:
     instance.queue.request_s = 1.0  # type: ignore[union-attr]
     assert not joined.waits_here()
     third.result()
+
+
+def come(joined: Batcher) -> None:
+    """Wait as the thread that polls does, and take what was run elsewhere."""
+    readable, _, _ = select.select([joined.fileno()], [], [], PATIENCE_S)
+    assert readable, "nothing has come"
+    joined.arrived()
+
+
+def polls_for(joined: Batcher, instance: ManagedModel) -> None:
+    """This thread polls, and knows the model's forwards to be short."""
+    queue_of(instance).request_s = 0.001
+    joined.polled_here()
+
+
+def test_what_runs_elsewhere_keeps_no_thread_of_ours() -> None:
+    """The thread that polls sends a batch, sends the next one as that ends, and answers both."""
+    module, gate = mlp(), Gate(mlp())
+    joined, instance = batcher(), instance_of(gate, apart=True, batch_size=2)
+    polls_for(joined, instance)
+    tensors = [torch.randn(1, 4) for _ in range(3)]
+    asked = ask(joined, instance, *tensors)
+    assert joined.waits_here()
+    joined.run_here()
+    gate.wait_entered()
+    assert not joined.waits_here(), "a small one would run as long as the first one takes"
+    gate.open.set()
+    come(joined)
+    assert not joined.waits_here()
+    come(joined)
+    for one, tensor in zip(asked, tensors, strict=True):
+        torch.testing.assert_close(one.result(), module(tensor))
+    assert gate.rows == [2, 1]
+    assert not joined.has_work()
+    assert instance.in_flight == 0
+
+
+def test_one_bad_request_fails_alone_where_it_is_run_elsewhere() -> None:
+    joined, instance = batcher(), instance_of(RefusesNan(), apart=True)
+    polls_for(joined, instance)
+    bad = torch.full((1, 4), float("nan"))
+    good, refused = ask(joined, instance, torch.ones(1, 4), bad)
+    joined.run_here()
+    come(joined)
+    assert torch.equal(good.result(), torch.full((1, 4), 2.0))
+    with pytest.raises(ComputeFailed, match="model 'm' raised ValueError: NaN"):
+        refused.result()
+    eventually(lambda: not joined.has_work() and not instance.in_flight, "it is over")
+
+
+class FirstRow(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:1] * 2
+
+
+def test_rows_that_are_missing_are_asked_for_one_by_one() -> None:
+    joined, instance = batcher(), instance_of(FirstRow(), apart=True)
+    polls_for(joined, instance)
+    asked = ask(joined, instance, torch.full((1, 4), 1.0), torch.full((1, 4), 2.0))
+    joined.run_here()
+    come(joined)
+    answers = [one.result() for one in asked]
+    assert [answer[0, 0].item() for answer in answers] == [2.0, 4.0]
+    assert not instance.queue.joins  # type: ignore[union-attr]
+
+
+def test_what_takes_long_elsewhere_is_waited_for_by_a_thread_that_may() -> None:
+    """Fails if nobody waits for it: its worker could never be ended for its callers' deadlines."""
+    now, gate = [0.0], Gate(mlp())
+    joined, instance = batcher(clock=lambda: now[0]), instance_of(gate, apart=True, batch_size=1)
+    polls_for(joined, instance)
+    (first,) = ask(joined, instance, torch.ones(1, 4))
+    joined.run_here()
+    gate.wait_entered()
+    eventually(lambda: bool(joined._idle), "somebody will look at it")
+    now[0] += LATE_S
+    eventually(lambda: not joined._elsewhere._sent, "it is waited for")
+    gate.open.set()
+    first.result()
+    eventually(lambda: not joined.has_work() and not instance.in_flight, "it is over")
+    joined.arrived()
+
+
+def test_nobody_waits_for_what_nobody_wants_any_more() -> None:
+    joined, instance = batcher(), instance_of(mlp(), apart=True)
+    polls_for(joined, instance)
+    (gone,) = ask(joined, instance, torch.ones(1, 4))
+    gone.wanted = False
+    joined.run_here()
+    with pytest.raises(DeadlinePassed):
+        gone.result()
+    assert not joined.has_work()
+    assert not joined._began
+
+
+def test_a_model_that_is_unloaded_as_its_batch_is_sent_refuses_it() -> None:
+    joined, instance = batcher(), instance_of(mlp(), apart=True)
+    polls_for(joined, instance)
+    (late,) = ask(joined, instance, torch.ones(1, 4))
+    instance.running = None
+    joined.run_here()
+    with pytest.raises(NotReady, match="is being unloaded"):
+        late.result()
+    eventually(lambda: not joined.has_work() and not instance.in_flight, "it is over")
+
+
+def test_what_runs_elsewhere_is_waited_for_when_nobody_polls_any_more() -> None:
+    """Fails if the threads go first: its lease would never be given back."""
+    gate = Gate(mlp())
+    joined, instance = batcher(), instance_of(gate, apart=True, joins=False)
+    polls_for(joined, instance)
+    both = ask(joined, instance, torch.ones(1, 4), torch.ones(1, 4))
+    for _ in both:
+        joined.run_here()
+    gate.wait_entered()
+    joined.stop()
+    gate.open.set()
+    for one in both:
+        one.result()
+    eventually(lambda: not instance.in_flight, "the leases are given back")

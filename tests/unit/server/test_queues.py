@@ -115,3 +115,27 @@ def test_all_are_taken_once_in_the_order_of_their_length_and_within_the_limits(
     assert sorted(came) == [float(number) for number in range(len(shapes))]
     for order in of_length.values():
         assert all(a < b for a, b in itertools.pairwise(order))
+
+
+def test_a_second_batch_that_runs_elsewhere_is_of_half_the_callers() -> None:
+    """While one of sixteen runs, fewer than sixteen wait for its end; then all that wait go."""
+    queue = queue_with(*[(1, 4)] * 32, batch_size=16)
+    queue.begins = True
+    queue.instance.running.overlaps = True  # type: ignore[union-attr, misc]
+    one = queue.waiting[0]
+    first = queue.take()
+    queue.running, queue.in_forwards = 1, len(first)
+    assert queue.wants(apart=1), "sixteen wait"
+    queue.waiting.pop()
+    assert not queue.wants(apart=1)
+    queue.running = queue.in_forwards = 0
+    assert queue.wants(apart=1)
+    for _ in range(200):  # by now there is one caller at a time
+        queue.waiting.clear()
+        queue.waiting.append(one)
+        queue.take()
+    queue.waiting.append(one)
+    queue.running = queue.in_forwards = 1
+    assert queue.wants(apart=1)
+    queue.running = 2
+    assert not queue.wants(apart=1)
