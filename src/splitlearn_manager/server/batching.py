@@ -16,9 +16,9 @@ least time, by the weight of its priority (`splitlearn_manager.server.fairness`)
 
 A batch that is expected to be short runs on the thread that polls for calls, if there is one (`polled_here`):
 waking another one would cost more. One that a worker process runs is sent there by that thread, and answered
-by it (`splitlearn_manager.server.elsewhere`). All others run on threads of the batcher's own. Whoever will not
-look for the next batch by itself sees to it that somebody does: the thread that polls before it waits for
-calls, and one that has lost the polling as its batch ends.
+by it (`splitlearn_manager.server.elsewhere`). All others run on threads of the batcher's own. Whoever does
+not look for the next batch by itself sees to it that somebody does: the thread that polls before it waits
+for calls, and one that has lost the polling as its batch ends.
 
 A queue is bounded by `max_queue`; what is more is refused at once. A request whose deadline has passed, or
 whose caller is gone, is dropped before its forward. The lock is held for microseconds, never in a forward.

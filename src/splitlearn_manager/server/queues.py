@@ -22,6 +22,8 @@ _SENT_S = 0.04
 _SENT_BYTES = 4 * 2**20
 """What another process runs is begun by the thread that polls if it is expected to take no longer, and has
 no more bytes to be copied."""
+_SENT_AT_A_TIME = 64
+"""A process that stands still takes a few hundred connections; to make the next one is to wait for it."""
 _FORGETS = 0.98
 ENOUGH_TOKENS = 128
 """Sequences of one length with so many tokens are a batch by themselves: to add others would gain less than
@@ -134,6 +136,8 @@ class Queue:
             return False
         requests = min(len(self.waiting), self.largest) if self.joins else 1
         if self.begins:
+            if self.running >= _SENT_AT_A_TIME:
+                return False
             size = len(self.waiting[0].packed.data) * requests
             return self.request_s * requests <= _SENT_S and size <= _SENT_BYTES
         return self.instance.device == "cpu" and self.request_s * requests <= limit_s

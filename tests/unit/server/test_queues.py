@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from hypothesis import given
@@ -139,3 +140,25 @@ def test_a_second_batch_that_runs_elsewhere_is_of_half_the_callers() -> None:
     assert queue.wants(apart=1)
     queue.running = 2
     assert not queue.wants(apart=1)
+
+
+def test_no_process_that_stands_still_can_hold_up_the_thread_that_polls() -> None:
+    """A new connection to one waits, once some hundred were not taken."""
+    queue = queue_with((1, 4))
+    queue.joins, queue.begins, queue.request_s = False, True, 0.001
+    assert queue.is_short(0.0)
+    queue.running = 100
+    assert queue.wants(apart=200)
+    assert not queue.is_short(0.0)
+
+
+def test_what_is_long_or_large_is_sent_by_threads_of_their_own() -> None:
+    queue = queue_with((1, 4))
+    queue.begins, queue.request_s = True, 0.03
+    assert queue.is_short(0.0)
+    queue.request_s = 0.05
+    assert not queue.is_short(0.0)
+    queue.request_s = 0.001
+    large = Packed(bytes(2**23), (1, 2**21), torch.float32)
+    queue.waiting[0] = replace(queue.waiting[0], packed=large)
+    assert not queue.is_short(0.0)
