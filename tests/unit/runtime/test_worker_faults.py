@@ -401,6 +401,12 @@ def test_a_start_for_which_there_are_no_descriptors_leaves_none_open(
 ) -> None:
     """Seen to fail: one pipe stayed open each time that there was none for the other."""
     running = start(code, "sparse", started)
+
+    def outputs() -> int:
+        return sum(thread.name.startswith("output-") for thread in threading.enumerate())
+
+    # Those of workers that have ended just now are closed by the threads that read them.
+    eventually(lambda: outputs() == 1, "only this one's output is read")
     before = len([*Path("/proc/self/fd").iterdir()])
     pipe, made = os.pipe, list[int]()
 
