@@ -27,6 +27,7 @@ def test_a_stopped_process_goes_on_without_doing_anything_twice(tmp_path: Path) 
             finally:
                 os.kill(node.process.pid, signal.SIGCONT)
             eventually(lambda r=round_: answer_of(node, "m1") == 10.0 + r, "the edit is served")
+        eventually(lambda: loads(node, "m1") >= 4, "the log says so")
         assert loads(node, "m1") == 4
         for model_id in ("m2", "m3", "m4"):
             assert answer_of(node, model_id) == MODELS[model_id]
@@ -58,4 +59,5 @@ def test_a_process_stopped_in_the_middle_of_an_edit_settles_on_the_whole_file(
             finally:
                 os.kill(node.process.pid, signal.SIGCONT)
         eventually(lambda: answer_of(node, "m1") == 21.0, "the whole file is served")
+        eventually(lambda: loads(node, "m1") >= 2, "the log says so")
         assert loads(node, "m1") == 2
