@@ -31,6 +31,7 @@ _AT_ONCE = 16 * 2**10
 _OBJECT = b"{"
 _SPACE = socket.CMSG_LEN(MOST_DESCRIPTORS * array.array("i").itemsize)
 _FLAGS = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+_AT_ONCE_FLAGS = _FLAGS | socket.MSG_DONTWAIT
 
 
 class Closed(Exception):
@@ -48,6 +49,7 @@ class Channel:
         self._socket = end
         end.settimeout(None)
         self._readable: select.poll | None = None
+        self._buffer = memoryview(bytearray(_AT_ONCE))
         self._read = bytearray()
         self._descriptors: deque[int] = deque()
 
@@ -102,10 +104,12 @@ class Channel:
         """As `receive`, for a message that may be bytes."""
         try:
             while (end := self._whole_bytes()) is None:
-                if timeout_s is not None:
+                if timeout_s:
                     self._wait(timeout_s)
-                self._read += self._some()
+                self._read += self._some(_AT_ONCE_FLAGS if timeout_s == 0 else _FLAGS)
             return self._message(end)
+        except BlockingIOError:
+            raise TimeoutError from None
         except TimeoutError:
             raise
         except Closed:
@@ -122,8 +126,8 @@ class Channel:
         if not self._readable.poll(timeout_s * 1000):
             raise TimeoutError
 
-    def _some(self) -> bytes:
-        data, ancillary, flags, _ = self._socket.recvmsg(_AT_ONCE, _SPACE, _FLAGS)
+    def _some(self, how: int) -> memoryview:
+        size, ancillary, flags, _ = self._socket.recvmsg_into([self._buffer], _SPACE, how)
         for level, kind, payload in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 found = array.array("i")
@@ -131,9 +135,9 @@ class Channel:
                 self._descriptors.extend(found)
         if flags & socket.MSG_CTRUNC:
             raise DescriptorsLost("there are no file descriptors left")
-        if not data:
+        if not size:
             raise Closed
-        return data
+        return self._buffer[:size]
 
     def _whole_bytes(self) -> int | None:
         """How many bytes the next message takes; None if they have not all been read."""

@@ -53,6 +53,10 @@ class ForwardMessage:
     brings_area: bool
     turn: bool
 
+    def written(self) -> bytes:
+        """As it travels."""
+        return written(self.dtype, self.shape, brings_area=self.brings_area, turn=self.turn)
+
 
 def can_be_told(dtype: torch.dtype, shape: Sequence[int]) -> bool:
     """Whether there is such a message for a tensor."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import TypeVar
 
@@ -150,7 +149,7 @@ class InWorker(ComputeFunction, BeginsForwards):
         call = _Call(monotonic(), self._patience_s())
         self._calls[call] = None
         try:
-            call.connection = call.lending.enter_context(self._worker.connection())
+            call.connection = self._worker.lend()
             send(call.connection)
         except BaseException as error:
             call.lost = error
@@ -160,11 +159,12 @@ class InWorker(ComputeFunction, BeginsForwards):
         self, call: _Call, receive: Callable[[Connection, float | None], tuple[Message, T]]
     ) -> tuple[Message, T]:
         """Wait for what comes of a call. Raises as `ask` does."""
+        connection, usable = call.connection, False
         try:
-            with call.lending:
-                if call.lost is not None or call.connection is None:
-                    raise call.lost or Closed
-                answer, results = receive(call.connection, call.left_s())
+            if call.lost is not None or connection is None:
+                raise call.lost or Closed
+            answer, results = receive(connection, call.left_s())
+            usable = True
         except TimeoutError:
             if self._waits_for_its_turn(call):
                 raise DeadlinePassed(
@@ -203,6 +203,8 @@ class InWorker(ComputeFunction, BeginsForwards):
             ) from None
         finally:
             del self._calls[call]
+            if connection is not None:
+                (self._worker.take_back if usable else self._worker.drop)(connection)
         if (error := answer.get("error")) is not None:
             raise raised_in(self._model_id, error, loading=False)
         self._longest_s = max(self._longest_s, monotonic() - call.begun_s)
@@ -233,13 +235,12 @@ class _Call:
     Attributes:
         begun_s: when.
         patience_s: for so long its answer is waited for; None for ever.
-        lending: gives the connection back, or drops it after an error.
+        connection: lent for it.
         lost: why it was not sent, or has no answer.
     """
 
     begun_s: float
     patience_s: float | None
-    lending: ExitStack = field(default_factory=ExitStack)
     connection: Connection | None = None
     lost: BaseException | None = None
 

@@ -90,6 +90,16 @@ class Area:
             raise ValueError(f"a tensor outside of its area: {dtype}, {[*shape]}, {offset}")
         return count
 
+    def put(self, tensor: torch.Tensor) -> None:
+        """Copy one to the beginning; it is none of the area's, and fits."""
+        try:
+            data = tensor.view(-1).numpy().data.cast("B")
+        except (RuntimeError, TypeError):
+            # Its values do not lie in order, numpy does not know them, or there are none.
+            self.part(tensor.dtype, tensor.shape).copy_(tensor)
+        else:
+            self.fill((data,))
+
     def fill(self, pieces: Iterable[bytes | memoryview]) -> None:
         """Copy bytes from the beginning on, one piece behind the other; they fit."""
         at = 0
@@ -103,8 +113,7 @@ class Area:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor's memory is this area's."""
-        begin = tensor.untyped_storage().data_ptr()
-        return self.address <= begin < self.address + self.size
+        return self.address <= tensor.data_ptr() < self.address + self.size
 
     @property
     def is_used(self) -> bool:

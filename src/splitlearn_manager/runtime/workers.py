@@ -57,23 +57,32 @@ class Worker:
 
     @contextmanager
     def connection(self) -> Iterator[Connection]:
-        """A connection for one call; after an error it is not used again. Raises Closed if it has ended."""
-        with self._lock:
-            connection = self._free.pop() if self._free else None
-        if connection is None:
-            connection = self._connect()
+        """As `lend`, for the block; after an error it is not used again."""
+        connection = self.lend()
         try:
             yield connection
         except BaseException:
-            self._drop(connection)
+            self.drop(connection)
             raise
+        self.take_back(connection)
+
+    def lend(self) -> Connection:
+        """A connection for one call, to be given back or dropped. Raises Closed if it has ended."""
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return self._connect()
+
+    def take_back(self, connection: Connection) -> None:
+        """It can be used again: its call has been answered."""
         with self._lock:
             if not self._closing:
                 self._free.append(connection)
                 return
-        self._drop(connection)
+        self.drop(connection)
 
-    def _drop(self, connection: Connection) -> None:
+    def drop(self, connection: Connection) -> None:
+        """It is not used again."""
         with self._lock:
             self._all.discard(connection)
         connection.close()
@@ -92,7 +101,7 @@ class Worker:
                 with self._connecting:
                     self._control.send({"op": "connect"}, (other.fileno(),))
         except BaseException:
-            self._drop(connection)
+            self.drop(connection)
             raise
         return connection
 
@@ -122,7 +131,7 @@ class Worker:
             self._free = []
             self._killed_for = self._killed_for or "it has been unloaded"
         for connection in free:
-            self._drop(connection)
+            self.drop(connection)
         self._kill(self.pid)
         if not self._ended.wait(_ENDS_WITHIN_S):
             log_event(log, logging.WARNING, "WorkerStays", "it does not end", pid=self.pid)

@@ -17,12 +17,13 @@ import threading
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from time import perf_counter
 
 import torch
 
 from splitlearn_manager.runtime.channel import Channel, Closed, Message
-from splitlearn_manager.runtime.forward_message import can_be_told, read, written
+from splitlearn_manager.runtime.forward_message import ForwardMessage, can_be_told, read, written
 from splitlearn_manager.runtime.shared_area import Area, bytes_for
 from splitlearn_manager.runtime.worker_errors import as_message
 
@@ -43,7 +44,8 @@ class Connection:
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
         self._area: Area | None = None
-        self._briefly = False
+        self._brief: ForwardMessage | None = None
+        self._expected: tuple[bytes, ForwardMessage, torch.Tensor] | None = None
 
     def fileno(self) -> int:
         """For `select`."""
@@ -68,12 +70,18 @@ class Connection:
     def receive(self) -> Asked:
         """The next call: its tensors lie in the area, which is theirs while any is kept. Raises Closed."""
         message, descriptors = self._channel.receive_any()
+        expected, self._expected = self._expected, None
         if isinstance(message, bytes):
-            self._briefly, told = True, read(message)
-            area = self._take_over(descriptors) if told.brings_area else self._area
-            assert area is not None
-            return _IN_TURN if told.turn else _AT_ONCE, [area.part(told.dtype, told.shape)], []
-        self._briefly = False
+            if expected is not None and expected[0] == message:
+                _, told, tensor = expected
+            else:
+                told = read(message)
+                area = self._take_over(descriptors) if told.brings_area else self._area
+                assert area is not None
+                tensor = area.part(told.dtype, told.shape)
+            self._brief = told
+            return _IN_TURN if told.turn else _AT_ONCE, [tensor], []
+        self._brief = None
         area = self._take_over(descriptors) if message["area"] else self._area
         tensors = [area.tensor(place) for place in message["tensors"]] if area is not None else []
         return message, tensors, descriptors
@@ -100,6 +108,12 @@ class Connection:
         self._channel.send(reply, (area.descriptor, *lent) if brought else lent)
         if brought:
             area.close()
+        if self._brief is not None:
+            # What the next call is most likely to be is made ready while nobody waits for it.
+            told = replace(self._brief, brings_area=False)
+            with suppress(ValueError):
+                tensor = area.part(told.dtype, told.shape)
+                self._expected = told.written(), told, tensor
 
     def _written(
         self, answer: Message, results: list[torch.Tensor]
@@ -112,9 +126,9 @@ class Connection:
         if area is None or brought:
             area = Area.of_size(size)
         try:
-            if self._briefly and results and can_be_told(results[0].dtype, results[0].shape):
+            if self._brief and results and can_be_told(results[0].dtype, results[0].shape):
                 first, shape = results[0], tuple(results[0].shape)
-                area.part(first.dtype, shape).copy_(first)
+                area.put(first)
                 return area, brought, written(first.dtype, shape, brings_area=brought)
             return area, brought, {**answer, "area": brought, "tensors": area.write(results)}
         except BaseException:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
 from threading import Thread
 
 import pytest
@@ -81,8 +80,11 @@ def test_an_answer_that_is_none_ends_the_worker(answer: bytes) -> None:
     killed = []
 
     class Liar:
-        def connection(self) -> AbstractContextManager[Connection]:
-            return nullcontext(Connection(ours))
+        def lend(self) -> Connection:
+            return Connection(ours)
+
+        def drop(self, connection: Connection) -> None:
+            connection.close()
 
         def kill(self, why: str) -> None:
             killed.append(True)

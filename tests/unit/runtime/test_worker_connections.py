@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
+from splitlearn_comm.core.packed import Packed
 from splitlearn_manager.runtime.channel import Closed, Message, pair
 from splitlearn_manager.runtime.worker_connection import Connection
 from splitlearn_manager.worker import connections
@@ -43,8 +44,8 @@ class Model:
 class Node:
     """The other side: connections to a worker's threads."""
 
-    def __init__(self) -> None:
-        self.model = Model()
+    def __init__(self, model: Model | None = None) -> None:
+        self.model = model or Model()
         self.served = Connections(self.model.answer)
         self.made: list[Connection] = []
 
@@ -115,6 +116,40 @@ def test_a_connection_goes_from_its_own_thread_to_that_of_the_turns_and_back(nod
         thread, values = answered(second)
         assert (thread == of_turns) is turn
         assert values == [4.0]
+
+
+class Keeps(Model):
+    """Keeps each of its inputs, as a module may that remembers the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: list[torch.Tensor] = []
+
+    def answer(
+        self, message: Message, tensors: Sequence[torch.Tensor], descriptors: list[int]
+    ) -> Answer:
+        self.kept += tensors
+        return {}, [tensor * 2 for tensor in tensors], ()
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_the_next_forward_is_not_taken_for_the_one_that_was_expected(keeps: bool) -> None:
+    """Forwards alike come to a tensor that was made ready; others, and what the model has kept, do not."""
+    model = Keeps() if keeps else Model()
+    node = Node(model)
+    connection = node.connect()
+    sent = []
+    for number, size in enumerate((4, 4, 4, 8, 8, 2**17, 2**17, 4, 4)):
+        tensor = torch.full((size,), float(number))
+        sent.append(tensor)
+        data = tensor.numpy().tobytes()
+        connection.forward([data], torch.float32, (size,), turn=number % 2 == 0)
+        _, (answer,) = connection.forward_answer(PATIENCE_S)
+        assert isinstance(answer, Packed)
+        assert torch.equal(answer.tensor(), tensor * 2 if keeps else tensor + 1)
+    if isinstance(model, Keeps):
+        assert all(torch.equal(kept, tensor) for kept, tensor in zip(model.kept, sent, strict=True))
+    connection.close()
 
 
 def test_connections_that_are_closed_leave_the_others(node: Node) -> None:
