@@ -120,11 +120,11 @@ class BatchRunner:
             return None
         try:
             sent.output = sent.begun.take()
+            if sent.output is not None and _fits(sent.running, sent.output):
+                return self._answered(sent.running, sent.output)
         except BaseException as error:
             sent.failed = error
-        if sent.output is None or not _fits(sent.running, sent.output):
-            return None
-        return self._answered(sent.running, sent.output)
+        return None
 
     def finished(self, sent: Sent) -> list[Answered]:
         """Wait for what has to be answered, and run again what has to be."""

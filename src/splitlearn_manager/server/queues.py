@@ -140,6 +140,9 @@ class Queue:
                 return False
             size = len(self.waiting[0].packed.data) * requests
             return self.request_s * requests <= _SENT_S and size <= _SENT_BYTES
+        if config.runtime == "process" and requests > 1:
+            # While its worker computes, this thread could begin the next requests.
+            return False
         return self.instance.device == "cpu" and self.request_s * requests <= limit_s
 
     def took(self, requests: int, seconds: float) -> None:

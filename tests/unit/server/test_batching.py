@@ -19,13 +19,15 @@ from splitlearn_comm.core import (
     Overloaded,
     TensorCodec,
 )
+from splitlearn_comm.core.packed import Output, Packed, Rows
 from splitlearn_manager.core.managed_model import ManagedModel
+from splitlearn_manager.runtime.base import Begun
 from splitlearn_manager.server import batching
 from splitlearn_manager.server.batching import Batcher
 from splitlearn_manager.server.elsewhere import LATE_S
 from splitlearn_manager.server.queues import queue_of
 from splitlearn_manager.server.threads import ThreadPlan
-from support.inferences import PATIENCE_S, Asked, Gate, OfModule, ask, instance_of, leased
+from support.inferences import PATIENCE_S, Apart, Asked, Gate, OfModule, ask, instance_of, leased
 from support.waiting import eventually
 
 
@@ -664,3 +666,32 @@ def test_what_runs_elsewhere_is_waited_for_when_nobody_polls_any_more() -> None:
     for one in both:
         one.result()
     eventually(lambda: not instance.in_flight, "the leases are given back")
+
+
+class Garbles(Apart):
+    """Answers several requests with the rows of one, each by itself; a single one as it should."""
+
+    def begin(self, parts: Sequence[Packed]) -> Begun:
+        begun = super().begin(parts)
+        if len(parts) > 1:
+            finish = begun.finish
+
+            def take() -> list[Rows]:
+                finish()
+                return [Output(torch.ones(1)).whole()]
+
+            begun.take = take  # type: ignore[method-assign]
+        return begun
+
+
+def test_an_answer_that_is_none_leaves_nobody_waiting() -> None:
+    """Fails if the thread that polls goes on without it: nobody would look at it again."""
+    joined, instance = batcher(), instance_of(mlp(), apart=True)
+    instance.running.function = Garbles(mlp())  # type: ignore[union-attr]
+    polls_for(joined, instance)
+    asked = ask(joined, instance, torch.ones(1, 4), torch.ones(1, 4))
+    joined.run_here()
+    come(joined)
+    for one in asked:
+        torch.testing.assert_close(one.result(), mlp()(torch.ones(1, 4)))
+    eventually(lambda: not joined.has_work() and not instance.in_flight, "it is over")
