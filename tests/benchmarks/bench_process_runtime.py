@@ -49,7 +49,7 @@ def test_start(tmp_path: Path) -> None:
 
 
 def test_requests(tmp_path: Path) -> None:
-    """What a request costs, over one connection and over 32."""
+    """What a request costs, over one connection, over 8 and over 32."""
     nodes: dict[str, Node] = {}
     for runtime in ("thread", "process"):
         directory = tmp_path / runtime
@@ -62,7 +62,7 @@ def test_requests(tmp_path: Path) -> None:
         for node in nodes.values():
             node.wait_phase("mlp", "Ready")
             load(node.address, 1, 1.0)
-        for clients in (1, 32):
+        for clients in (1, 8, 32):
             rates: dict[str, list[float]] = {name: [] for name in nodes}
             for _ in range(ROUNDS):
                 for name, node in nodes.items():
